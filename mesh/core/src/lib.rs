@@ -1,0 +1,34 @@
+//! Every decision of Keystone Mesh.
+//!
+//! **The contract.** A machine in this crate takes `now` and input values through `handle_*(.., now)` and gives output
+//! values through `poll_output(now)`, which the driver drains until it answers [`Output::Timeout`](mesh::Output) (or
+//! the machine's own equivalent). After every input the driver drains the outputs. Machines read no clock, draw no
+//! randomness (a seed or the bytes are arguments), know no socket, and never wait. `now` never goes backwards.
+//!
+//! **The map.**
+//!
+//! | module | what it decides |
+//! | --- | --- |
+//! | [`key`] | identities, WireGuard keys, the derivation of both from one secret |
+//! | [`node`] | names, what a node says of itself, what it is allowed: records and approvals, signed |
+//! | [`network`] | the network's own document: CIDRs, relays, gateways |
+//! | [`token`] | join tokens: encoding, life, uses, name patterns |
+//! | [`ipam`] | who gets which mesh address |
+//! | [`admission`] | whether a join is accepted, and what it is granted |
+//! | [`plan`] | records and approvals to peers, allowed IPs, addresses and routes: one desired value |
+//! | [`peers`], [`kernel`] | diffs from the present state to the desired one, in a safe order |
+//! | [`allowed_ips`] | longest-prefix lookup |
+//! | [`path`] | which way a peer's packets go: relay first, then direct |
+//! | [`probe`] | the probe datagram, authenticated with a key that both ends derive |
+//! | [`relay`] | relay frames, fragments, quotas |
+//! | [`wire`] | what gateway, joiner and relay say to each other |
+//! | [`mesh`] | the machine that composes the above for one node |
+
+pub mod io;
+pub mod key;
+pub mod path;
+pub mod probe;
+pub mod relay;
+
+pub use io::{DropReason, Via};
+pub use key::{Identity, NodeId, PresharedKey, PrivateKey, PublicKey, Secret, Signature};

@@ -1,0 +1,1 @@
+//! The data plane: TUN to UDP and back, in batches, on threads of its own.

@@ -1,0 +1,1 @@
+//! Link, addresses, routes and rules over rtnetlink.

@@ -1,0 +1,1 @@
+//! QUIC on the mesh socket: relay, gateway and join service.
