@@ -13,8 +13,8 @@
 //! | [`node`] | names, what a node says of itself, what it is allowed: records and approvals, signed |
 //! | [`network`] | the network's own document: CIDRs, relays, gateways |
 //! | [`token`] | join tokens: encoding, life, uses, name patterns |
-//! | [`ipam`] | who gets which mesh address |
-//! | [`admission`] | whether a join is accepted, and what it is granted |
+//! | [`admission`] | whether a join is accepted, and what it is granted: addresses, routes |
+//! | [`throttle`] | how long a source that keeps failing has to wait |
 //! | [`plan`] | records and approvals to peers, allowed IPs, addresses and routes: one desired value |
 //! | [`peers`], [`kernel`] | diffs from the present state to the desired one, in a safe order |
 //! | [`allowed_ips`] | longest-prefix lookup |
@@ -24,11 +24,17 @@
 //! | [`wire`] | what gateway, joiner and relay say to each other |
 //! | [`mesh`] | the machine that composes the above for one node |
 
+pub mod admission;
+pub mod facts;
 pub mod io;
 pub mod key;
+pub mod network;
+pub mod node;
 pub mod path;
 pub mod probe;
 pub mod relay;
+pub mod throttle;
+pub mod token;
 
-pub use io::{DropReason, Via};
+pub use io::{DropReason, PeerConfig, PeerOp, Via};
 pub use key::{Identity, NodeId, PresharedKey, PrivateKey, PublicKey, Secret, Signature};
