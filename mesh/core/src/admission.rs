@@ -144,6 +144,57 @@ pub fn decide_own(known: Known<'_>, record: &NodeRecord, now: u64) -> Result<Gra
     grant(known, record, now)
 }
 
+/// Why a record is not stored.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PublishRefusal {
+    /// No node of this name and identity is in the network.
+    #[error("this machine is not in the network (any more); join it with a token")]
+    NotMember,
+    /// A newer record is there.
+    #[error(
+        "a newer record is stored (sequence number {stored}, got {got}); is a second machine running on the same secret?"
+    )]
+    Stale {
+        /// The sequence number that is stored.
+        stored: u64,
+        /// The one that came.
+        got: u64,
+    },
+    /// Not unique, or another's.
+    #[error(transparent)]
+    Join(#[from] JoinRefusal),
+}
+
+impl PublishRefusal {
+    /// The stable code in answers and metrics.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::NotMember => "not-member",
+            Self::Stale { .. } => "stale-record",
+            Self::Join(refusal) => refusal.code(),
+        }
+    }
+}
+
+/// Decides whether a member's record is stored. `Ok(false)`: it is, already.
+pub fn decide_publish(known: Known<'_>, client: NodeId, record: &NodeRecord) -> Result<bool, PublishRefusal> {
+    if record.identity != client {
+        return Err(JoinRefusal::WrongIdentity.into());
+    }
+    let stored = known.entries.get(&record.name).map(|entry| entry.record.get());
+    match stored {
+        Some(stored) if stored.identity == client && stored == record => Ok(false),
+        Some(stored) if stored.identity == client && stored.seq >= record.seq => {
+            Err(PublishRefusal::Stale { stored: stored.seq, got: record.seq })
+        }
+        Some(stored) if stored.identity == client => {
+            check_unique(known, record)?;
+            Ok(true)
+        }
+        Some(_) | None => Err(PublishRefusal::NotMember),
+    }
+}
+
 fn check_unique(known: Known<'_>, record: &NodeRecord) -> Result<(), JoinRefusal> {
     for (name, entry) in known.entries {
         let other = entry.record.get();
@@ -346,6 +397,24 @@ mod tests {
         let client = secret(3).identity().id();
         let refusal = decide_join(known, client, &record(2, "w"), Some(&token(&[])), &token_secret(), 0).unwrap_err();
         assert_eq!(refusal.code(), "wrong-identity");
+    }
+
+    #[test]
+    fn only_a_member_publishes_and_only_forwards() {
+        let worker = entry(1, 2, "worker-1", "10.98.0.2/32", &[]);
+        let all = entries(&[home(), worker]);
+        let known = Known { network: &network(1), entries: &all, released: &BTreeMap::new(), next_host: 3 };
+        let mine = secret(2).identity().id();
+        let at = |seq: u64| NodeRecord { seq, nat: crate::node::NatKind::None, ..record(2, "worker-1") };
+        assert_eq!(decide_publish(known, mine, &at(2)), Ok(true));
+        assert_eq!(decide_publish(known, mine, &record(2, "worker-1")), Ok(false));
+        assert_eq!(decide_publish(known, mine, &at(1)).unwrap_err().code(), "stale-record");
+        assert_eq!(
+            decide_publish(known, mine, &NodeRecord { seq: 9, ..record(2, "home") }).unwrap_err().code(),
+            "not-member"
+        );
+        let theirs = secret(3).identity().id();
+        assert_eq!(decide_publish(known, theirs, &at(9)).unwrap_err().code(), "wrong-identity");
     }
 
     #[test]

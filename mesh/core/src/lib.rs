@@ -21,11 +21,12 @@
 //! | [`path`] | which way a peer's packets go: relay first, then direct |
 //! | [`probe`] | the probe datagram, authenticated with a key that both ends derive |
 //! | [`relay`] | relay frames, fragments, quotas |
-//! | [`wire`] | what gateway, joiner and relay say to each other |
+//! | [`gateway`], [`wire`] | what node and gateway say to each other, and its framing |
 //! | [`mesh`] | the machine that composes the above for one node |
 
 pub mod admission;
 pub mod facts;
+pub mod gateway;
 pub mod io;
 pub mod key;
 pub mod network;

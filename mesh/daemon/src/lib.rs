@@ -5,4 +5,6 @@
 pub mod dataplane;
 pub mod kernel;
 pub mod quic;
+pub mod state;
+pub mod store;
 pub mod sys;
