@@ -51,6 +51,9 @@ pub struct Malformed(pub Vec<FieldError>);
 /// Longest text of one fact, in bytes: a record fits an annotation (256 KiB in all) and a gateway frame many times.
 pub const MAX_FACT: usize = 4096;
 
+/// Between the elements of a list.
+const SEPARATOR: &str = ", ";
+
 /// The facts of one statement, ready to be signed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Facts(BTreeMap<&'static str, String>);
@@ -65,9 +68,9 @@ impl Facts {
         self
     }
 
-    /// Adds a list as comma-separated text.
+    /// Adds a list, its elements separated by a comma and a space; no element's text has both.
     pub fn set_list<T: Display>(self, key: &'static str, values: &[T]) -> Self {
-        self.set(key, join(values, ", "))
+        self.set(key, join(values, SEPARATOR))
     }
 
     /// The bytes that the signature covers. `kind` names statement and version, as in `record 1`.
@@ -132,10 +135,10 @@ impl<'a> Reader<'a> {
         self.optional(key)
     }
 
-    /// A comma-separated list of at most `limit` elements; empty where absent.
+    /// A list as [`Facts::set_list`] writes it, of at most `limit` elements; empty where absent.
     pub fn list<T: FromStr<Err: Display>>(&mut self, key: &'static str, limit: usize) -> Vec<T> {
         let Some(text) = self.map.get(key) else { return Vec::new() };
-        let parts: Vec<&str> = text.split(',').map(str::trim).filter(|part| !part.is_empty()).collect();
+        let parts: Vec<&str> = text.split(SEPARATOR).collect();
         if text.len() > MAX_FACT || parts.len() > limit {
             self.errors.push(FieldError::TooLong { key, limit, unit: "elements" });
             return Vec::new();

@@ -1,14 +1,13 @@
 //! The network's own document: what every member must know before it can reach anyone.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
-use std::str::FromStr;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::facts::{Facts, FieldError, Malformed, Reader, serde_as_facts};
-use crate::key::{Identity, NodeId, Signature, serde_as_text};
+use crate::key::{Identity, NodeId, Signature};
+use crate::relay::address::{HostPort, RelayAddr, Rendezvous};
 
 const NETWORK_KIND: &str = "network 1";
 
@@ -24,86 +23,6 @@ pub fn default_ipv6(network: NodeId) -> Ipv6Net {
     Ipv6Net::new(address, 48).expect("48 is a valid prefix length")
 }
 
-/// A host (name or address) and a UDP port: `vpn.example.org:51840`, `[2001:db8::1]:51840`.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct HostPort(String);
-
-/// Why an address was refused.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is not HOST:PORT; expected as in `vpn.example.org:51840` or `[2001:db8::1]:51840`")]
-pub struct HostPortError(String);
-
-impl HostPort {
-    /// The text, as a resolver takes it.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl FromStr for HostPort {
-    type Err = HostPortError;
-
-    fn from_str(text: &str) -> Result<Self, HostPortError> {
-        let refused = || HostPortError(text.chars().take(80).collect());
-        let (host, port) = text.rsplit_once(':').ok_or_else(refused)?;
-        let port_ok = port.parse::<u16>().is_ok_and(|port| port != 0) && port.bytes().all(|b| b.is_ascii_digit());
-        let host_ok = match host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
-            Some(inner) => inner.parse::<Ipv6Addr>().is_ok(),
-            None => {
-                (1..=253).contains(&host.len())
-                    && host.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'.')
-            }
-        };
-        if port_ok && host_ok { Ok(Self(text.to_owned())) } else { Err(refused()) }
-    }
-}
-
-impl fmt::Display for HostPort {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-/// A relay: its identity, which is pinned, and where it listens. As text: `KEY@HOST:PORT`.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct RelayAddress {
-    /// The relay's identity.
-    pub id: NodeId,
-    /// Where it listens.
-    pub address: HostPort,
-}
-
-impl fmt::Display for RelayAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}@{}", self.id, self.address)
-    }
-}
-
-impl FromStr for RelayAddress {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (id, address) = text
-            .split_once('@')
-            .ok_or_else(|| "expected KEY@HOST:PORT, as `keystone-mesh relay --print-key` gives the key".to_owned())?;
-        Ok(Self {
-            id: id.parse().map_err(|error| format!("the relay's key: {error}"))?,
-            address: address.parse().map_err(|error: HostPortError| error.to_string())?,
-        })
-    }
-}
-
-/// Where a joiner or a node finds the control plane.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Rendezvous {
-    /// The control-plane host itself, reachable from outside (public address, port-forward).
-    Gateway(HostPort),
-    /// A relay to which the control-plane host is connected.
-    Relay(RelayAddress),
-}
-
-serde_as_text!(HostPort, RelayAddress);
-
 /// What every member knows of the network; signed by the network key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Network {
@@ -114,7 +33,7 @@ pub struct Network {
     /// IPv6 prefix of the mesh.
     pub ipv6: Ipv6Net,
     /// The relays, best first; at most 4.
-    pub relays: Vec<RelayAddress>,
+    pub relays: Vec<RelayAddr>,
     /// Where the control-plane host is reachable from outside; at most 8.
     pub gateways: Vec<HostPort>,
     /// Grows with every change.
@@ -248,10 +167,7 @@ pub(crate) mod tests {
             id,
             ipv4: DEFAULT_IPV4.parse().unwrap(),
             ipv6: default_ipv6(id),
-            relays: vec![RelayAddress {
-                id: secret(200).identity().id(),
-                address: "relay.example.org:51840".parse().unwrap(),
-            }],
+            relays: vec![format!("{}@relay.example.org:51840", secret(200).identity().id()).parse().unwrap()],
             gateways: vec![],
             serial: 1,
         }
@@ -275,18 +191,5 @@ pub(crate) mod tests {
         for good in ["10.98.0.0/16", "192.168.77.0/24", "fd12:3456:789a::/48"] {
             assert!(check_prefix(good.parse().unwrap()).is_ok(), "{good}");
         }
-    }
-
-    #[test]
-    fn host_ports_and_relays_parse() {
-        for good in ["vpn.example.org:51840", "203.0.113.9:1", "[2001:db8::1]:51840"] {
-            assert_eq!(good.parse::<HostPort>().unwrap().as_str(), good);
-        }
-        for bad in ["vpn.example.org", "host:0", "host:99999", "[zz]:1", ":1", "a b:1", "host:+1"] {
-            assert!(bad.parse::<HostPort>().is_err(), "{bad}");
-        }
-        let relay = network(1).relays.remove(0);
-        assert_eq!(relay.to_string().parse::<RelayAddress>().unwrap(), relay);
-        assert!("relay.example.org:51840".parse::<RelayAddress>().unwrap_err().contains("KEY@"));
     }
 }

@@ -1,1 +1,3 @@
 //! The relay: frames, fragments, quotas.
+
+pub mod address;

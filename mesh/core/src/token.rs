@@ -15,8 +15,8 @@ use subtle::ConstantTimeEq as _;
 use zeroize::ZeroizeOnDrop;
 
 use crate::key::{NodeId, decode_base32, encode_base32, serde_as_text};
-use crate::network::Rendezvous;
 use crate::node::NodeName;
+use crate::relay::address::Rendezvous;
 
 const PREFIX: &str = "ksm1";
 /// Bytes of a secret: 160 bits, so that a plain hash is enough to store it.
@@ -153,16 +153,11 @@ impl Token {
         bytes.extend_from_slice(&self.id.0);
         bytes.extend_from_slice(&self.secret.0);
         for way in self.rendezvous.iter().take(MAX_RENDEZVOUS) {
-            let (kind, text) = match way {
-                Rendezvous::Gateway(address) => (b'g', address.to_string()),
-                Rendezvous::Relay(relay) => (b'r', relay.address.to_string()),
-            };
-            let length = u8::try_from(text.len()).expect("an address is at most 253 characters and a port");
-            bytes.extend_from_slice(&[kind, length]);
+            // A relay with many long names can be longer than a token has room for; the other ways remain.
+            let text = way.to_string();
+            let Ok(length) = u16::try_from(text.len()) else { continue };
+            bytes.extend_from_slice(&length.to_be_bytes());
             bytes.extend_from_slice(text.as_bytes());
-            if let Rendezvous::Relay(relay) = way {
-                bytes.extend_from_slice(relay.id.as_bytes());
-            }
         }
         let checksum = crc32fast::hash(&bytes);
         bytes.extend_from_slice(&checksum.to_be_bytes());
@@ -200,18 +195,10 @@ impl FromStr for Token {
 }
 
 fn rendezvous_from(bytes: &[u8]) -> Result<(Rendezvous, &[u8]), TokenError> {
-    let (&[kind, length], rest) = bytes.split_first_chunk::<2>().ok_or(TokenError::Truncated)?;
-    let (text, rest) = rest.split_at_checked(usize::from(length)).ok_or(TokenError::Truncated)?;
-    let address = std::str::from_utf8(text).ok().and_then(|text| text.parse().ok()).ok_or(TokenError::TooNew)?;
-    match kind {
-        b'g' => Ok((Rendezvous::Gateway(address), rest)),
-        b'r' => {
-            let (id, rest) = rest.split_first_chunk::<32>().ok_or(TokenError::Truncated)?;
-            let id = NodeId::from_bytes(*id);
-            Ok((Rendezvous::Relay(crate::network::RelayAddress { id, address }), rest))
-        }
-        _ => Err(TokenError::TooNew),
-    }
+    let (length, rest) = bytes.split_first_chunk::<2>().ok_or(TokenError::Truncated)?;
+    let (text, rest) = rest.split_at_checked(usize::from(u16::from_be_bytes(*length))).ok_or(TokenError::Truncated)?;
+    let way = std::str::from_utf8(text).ok().and_then(|text| text.parse().ok()).ok_or(TokenError::TooNew)?;
+    Ok((way, rest))
 }
 
 /// Which node names a token is good for: `*` stands for any run of characters, `?` for one.

@@ -9,8 +9,9 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
-use keystone_mesh_core::network::{Rendezvous, SignedNetwork};
+use keystone_mesh_core::network::SignedNetwork;
 use keystone_mesh_core::node::{Entry, NodeName, SignedApproval};
+use keystone_mesh_core::relay::address::Rendezvous;
 use keystone_mesh_core::{NodeId, PublicKey, Secret};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -66,42 +67,10 @@ pub struct Membership {
     pub control_plane: bool,
     /// Ways to the control plane as the token gave them, until the network's document is known.
     #[serde(default)]
-    pub rendezvous: RendezvousList,
+    pub rendezvous: Vec<Rendezvous>,
     /// What the node is allowed.
     #[serde(default)]
     pub approval: Option<SignedApproval>,
-}
-
-/// Ways to the control plane, split by kind so that each stands as plain text in the file.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct RendezvousList {
-    /// Gateways, `HOST:PORT`.
-    #[serde(default)]
-    pub gateways: Vec<keystone_mesh_core::network::HostPort>,
-    /// Relays, `KEY@HOST:PORT`.
-    #[serde(default)]
-    pub relays: Vec<keystone_mesh_core::network::RelayAddress>,
-}
-
-impl From<&[Rendezvous]> for RendezvousList {
-    fn from(ways: &[Rendezvous]) -> Self {
-        let mut list = Self::default();
-        for way in ways {
-            match way {
-                Rendezvous::Gateway(address) => list.gateways.push(address.clone()),
-                Rendezvous::Relay(relay) => list.relays.push(relay.clone()),
-            }
-        }
-        list
-    }
-}
-
-impl RendezvousList {
-    /// All of them.
-    pub fn ways(&self) -> Vec<Rendezvous> {
-        let gateways = self.gateways.iter().cloned().map(Rendezvous::Gateway);
-        gateways.chain(self.relays.iter().cloned().map(Rendezvous::Relay)).collect()
-    }
 }
 
 /// The last good state of the mesh, from which a node rebuilds it when nobody answers.
