@@ -25,6 +25,7 @@
 //! | [`mesh`] | the machine that composes the above for one node |
 
 pub mod admission;
+pub mod backoff;
 pub mod facts;
 pub mod gateway;
 pub mod io;
@@ -36,6 +37,7 @@ pub mod probe;
 pub mod relay;
 pub mod throttle;
 pub mod token;
+pub mod wire;
 
 pub use io::{DropReason, PeerConfig, PeerOp, Via};
 pub use key::{Identity, NodeId, PresharedKey, PrivateKey, PublicKey, Secret, Signature};
