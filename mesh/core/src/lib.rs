@@ -15,8 +15,8 @@
 //! | [`token`] | join tokens: encoding, life, uses, name patterns |
 //! | [`admission`] | whether a join is accepted, and what it is granted: addresses, routes |
 //! | [`throttle`] | how long a source that keeps failing has to wait |
-//! | [`plan`] | records and approvals to peers, allowed IPs, addresses and routes: one desired value |
-//! | [`peers`], [`kernel`] | diffs from the present state to the desired one, in a safe order |
+//! | [`plan`] | records and approvals to peers, allowed IPs, addresses and routes: one desired value, and its diff |
+//! | [`kernel`] | links, addresses, routes and rules: the diff from the present state to the desired one |
 //! | [`allowed_ips`] | longest-prefix lookup |
 //! | [`path`] | which way a peer's packets go: relay first, then direct |
 //! | [`probe`] | the probe datagram, authenticated with a key that both ends derive |
@@ -33,6 +33,7 @@ pub mod key;
 pub mod network;
 pub mod node;
 pub mod path;
+pub mod plan;
 pub mod probe;
 pub mod relay;
 pub mod throttle;
