@@ -405,7 +405,7 @@ mod tests {
         let all = entries(&[home(), worker]);
         let known = Known { network: &network(1), entries: &all, released: &BTreeMap::new(), next_host: 3 };
         let mine = secret(2).identity().id();
-        let at = |seq: u64| NodeRecord { seq, nat: crate::node::NatKind::None, ..record(2, "worker-1") };
+        let at = |seq: u64| NodeRecord { seq, nat: crate::path::Nat::None, ..record(2, "worker-1") };
         assert_eq!(decide_publish(known, mine, &at(2)), Ok(true));
         assert_eq!(decide_publish(known, mine, &record(2, "worker-1")), Ok(false));
         assert_eq!(decide_publish(known, mine, &at(1)).unwrap_err().code(), "stale-record");

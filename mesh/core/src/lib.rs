@@ -30,6 +30,7 @@ pub mod facts;
 pub mod gateway;
 pub mod io;
 pub mod key;
+pub mod mesh;
 pub mod network;
 pub mod node;
 pub mod path;

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::facts::{Facts, FieldError, Malformed, Reader, serde_as_facts};
 use crate::key::{Identity, NodeId, PublicKey, Signature, serde_as_text};
-use crate::path::Candidate;
+use crate::path::{Candidate, Nat};
 
 const RECORD_KIND: &str = "record 1";
 const APPROVAL_KIND: &str = "approval 1";
@@ -76,50 +76,6 @@ impl fmt::Debug for NodeName {
 
 serde_as_text!(NodeName);
 
-/// How the NAT in front of a node maps its socket (RFC 4787), as far as is known.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum NatKind {
-    /// Fewer than two observers have been heard.
-    #[default]
-    Unknown,
-    /// The node is seen at one of its own addresses.
-    None,
-    /// Every observer sees the same address and port.
-    EndpointIndependent,
-    /// Observers see different ports: "symmetric", hard to punch.
-    EndpointDependent,
-}
-
-impl NatKind {
-    /// The word used in records.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Unknown => "unknown",
-            Self::None => "none",
-            Self::EndpointIndependent => "endpoint-independent",
-            Self::EndpointDependent => "endpoint-dependent",
-        }
-    }
-}
-
-impl fmt::Display for NatKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.label())
-    }
-}
-
-impl FromStr for NatKind {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        [Self::Unknown, Self::None, Self::EndpointIndependent, Self::EndpointDependent]
-            .into_iter()
-            .find(|kind| kind.label() == text)
-            .ok_or_else(|| "expected unknown, none, endpoint-independent or endpoint-dependent".to_owned())
-    }
-}
-
 /// What a node says of itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeRecord {
@@ -132,7 +88,7 @@ pub struct NodeRecord {
     /// Where the node may be reached directly, at most [`MAX_ENDPOINTS`].
     pub endpoints: Vec<Candidate>,
     /// The NAT in front of the node.
-    pub nat: NatKind,
+    pub nat: Nat,
     /// The relays that the node listens on, at most [`MAX_RELAYS`].
     pub relays: Vec<NodeId>,
     /// Networks behind the node for which it asks to be the way, at most [`MAX_ROUTES`].
@@ -345,7 +301,7 @@ pub(crate) mod tests {
             identity: secret(byte).identity().id(),
             public_key: secret(byte).wireguard(0).public_key(),
             endpoints: vec!["host 192.0.2.7:51840".parse().unwrap()],
-            nat: NatKind::Unknown,
+            nat: Nat::Unknown,
             relays: vec![secret(200).identity().id()],
             routes: vec![],
             seq: 1,

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use ipnet::IpNet;
-use keystone_mesh_core::node::{NatKind, NodeName};
+use keystone_mesh_core::node::NodeName;
+use keystone_mesh_core::path::Nat;
 use keystone_mesh_core::{NodeId, PublicKey};
 use serde::{Deserialize, Serialize};
 
@@ -48,7 +49,7 @@ pub struct Node {
     /// Where it says it may be reached.
     pub endpoints: Vec<String>,
     /// The NAT in front of it.
-    pub nat: NatKind,
+    pub nat: Nat,
     /// The daemon's version.
     pub version: String,
     /// The daemon's process id.

@@ -405,7 +405,8 @@ fn write_error(error: impl std::fmt::Display) -> StoreError {
 mod tests {
     use keystone_mesh_core::Secret;
     use keystone_mesh_core::network::{DEFAULT_IPV4, default_ipv6};
-    use keystone_mesh_core::node::{NatKind, NodeRecord};
+    use keystone_mesh_core::node::NodeRecord;
+    use keystone_mesh_core::path::Nat;
 
     use super::*;
 
@@ -420,7 +421,7 @@ mod tests {
             identity: identity.id(),
             public_key: Secret::from_bytes([byte; 32]).wireguard(0).public_key(),
             endpoints: vec![],
-            nat: NatKind::Unknown,
+            nat: Nat::Unknown,
             relays: vec![],
             routes: vec![],
             seq,
