@@ -374,8 +374,7 @@ mod tests {
 
     fn addresses() -> impl Strategy<Value = SocketAddr> {
         let v4 = any::<([u8; 4], u16)>().prop_map(|(ip, port)| SocketAddr::from((ip, port)));
-        let v6 = any::<([u8; 16], u16)>()
-            .prop_map(|(ip, port)| SocketAddr::new(IpAddr::from(ip).to_canonical(), port));
+        let v6 = any::<([u8; 16], u16)>().prop_map(|(ip, port)| SocketAddr::new(IpAddr::from(ip).to_canonical(), port));
         prop_oneof![v4, v6]
     }
 
