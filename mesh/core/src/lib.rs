@@ -25,6 +25,7 @@
 //! | [`mesh`] | the machine that composes the above for one node |
 
 pub mod io;
+pub mod kernel;
 pub mod key;
 pub mod path;
 pub mod probe;
