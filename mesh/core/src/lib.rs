@@ -29,6 +29,7 @@ pub mod backoff;
 pub mod facts;
 pub mod gateway;
 pub mod io;
+pub mod kernel;
 pub mod key;
 pub mod mesh;
 pub mod network;
