@@ -6,12 +6,13 @@
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::str::FromStr;
 
 /// Observers remembered; two suffice for a verdict, more survive one going away.
 const MAX_OBSERVERS: usize = 8;
 
 /// How the NAT maps one socket of ours.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Deserialize, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Nat {
     /// Nobody has told, or only one observer behind a NAT.
@@ -35,6 +36,17 @@ impl Nat {
             Self::EndpointIndependent => "endpoint-independent",
             Self::EndpointDependent => "endpoint-dependent",
         }
+    }
+}
+
+impl FromStr for Nat {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        [Self::Unknown, Self::None, Self::EndpointIndependent, Self::EndpointDependent]
+            .into_iter()
+            .find(|nat| nat.label() == text)
+            .ok_or_else(|| "expected unknown, none, endpoint-independent or endpoint-dependent".to_owned())
     }
 }
 

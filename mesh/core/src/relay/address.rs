@@ -8,7 +8,6 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::key::{KeyError, NodeId, serde_as_text};
 
