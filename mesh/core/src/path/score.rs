@@ -9,7 +9,8 @@ use crate::io::Via;
 const MARGIN: Duration = Duration::from_millis(5);
 /// ... by more than one part in this many of the present cost ...
 const MARGIN_SHARE: u32 = 5;
-// ... and by more than its own round trips vary.
+/// ... and by more than this many times what its own round trips vary by: the least of eight varies about as much.
+const MARGIN_JITTERS: u32 = 2;
 /// Round trips measured before a way's cost is believed.
 const ENOUGH_SAMPLES: u32 = 3;
 
@@ -120,7 +121,7 @@ pub(crate) fn judge(selected: Option<Via>, usable: &[Scored]) -> Verdict {
 
 /// Cost is one number and a win needs a margin, so ways cannot beat each other in a circle.
 fn beats(challenger: &Scored, current: &Scored) -> bool {
-    let margin = MARGIN.max(current.score.cost / MARGIN_SHARE).max(current.jitter);
+    let margin = MARGIN.max(current.score.cost / MARGIN_SHARE).max(current.jitter * MARGIN_JITTERS);
     challenger.samples >= ENOUGH_SAMPLES
         && current.samples >= ENOUGH_SAMPLES
         && challenger.score.cost + margin < current.score.cost

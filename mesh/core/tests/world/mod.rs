@@ -295,36 +295,42 @@ impl World {
             return false;
         };
         self.now = self.now.max(next);
+        let mut inputs = timeout.is_some_and(|at| at <= self.now);
         if event.is_some_and(|at| at <= self.now) {
             let (_, event) = self.queue.pop_first().unwrap();
-            self.handle(event);
+            inputs |= self.handle(event);
         }
-        self.drain();
+        if inputs {
+            self.drain();
+        }
         true
     }
 
-    fn handle(&mut self, event: Event) {
+    /// Returns whether an agent may have got an input.
+    fn handle(&mut self, event: Event) -> bool {
         let now = self.now;
         match event {
             Event::Arrive { at, via, datagram: Datagram::Probe(bytes) } => self.nodes[at].probed(via, &bytes, now),
             Event::Arrive { at, via, datagram: Datagram::Data } => {
                 self.nodes[at].received = Some(via);
                 self.nodes[at].arrived.push((now, via));
+                return false;
             }
             Event::Sample(n) => {
                 self.nodes[n].sample(now);
                 self.at(now + SAMPLE, Event::Sample(n));
             }
             Event::Flow { n, generation } => {
-                let Some((period, current)) = self.nodes[n].flow else { return };
+                let Some((period, current)) = self.nodes[n].flow else { return false };
                 if generation != current {
-                    return;
+                    return false;
                 }
                 self.at(now + period, Event::Flow { n, generation });
                 match self.nodes[n].selected {
                     Some(via) => {
                         self.nodes[n].sent = true;
                         self.transmit(n, via, Datagram::Data);
+                        return matches!(via, Via::Relay(_));
                     }
                     None => self.nodes[n].agent.handle_demand(now),
                 }
@@ -334,6 +340,7 @@ impl World {
                 self.at(now + RELAY_KEEPALIVE, Event::KeepRelay);
             }
         }
+        true
     }
 
     pub fn drain(&mut self) {
