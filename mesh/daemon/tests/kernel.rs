@@ -2,7 +2,7 @@
 //!
 //! Each test runs in a process and network namespace of its own: the test binary starts itself again under
 //! `unshare --net`, as root or, where that is allowed, in a user namespace. Nothing outlives it.
-#![expect(clippy::unwrap_used, reason = "a helper that panics fails its test")]
+#![expect(clippy::print_stdout, clippy::unwrap_used, reason = "helpers of tests print and panic as tests do")]
 
 use std::cell::Cell;
 use std::net::IpAddr;
