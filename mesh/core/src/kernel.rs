@@ -20,6 +20,7 @@
 //! and a [`Warning`] says so.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 use ipnet::IpNet;
 
@@ -73,6 +74,15 @@ impl Family {
             IpNet::V4(_) => Self::V4,
             IpNet::V6(_) => Self::V6,
         }
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::V4 => "IPv4",
+            Self::V6 => "IPv6",
+        })
     }
 }
 
@@ -185,6 +195,24 @@ pub enum KernelOp {
     SetDown,
     /// Takes the interface away, with all that hangs on it.
     RemoveLink,
+}
+
+impl fmt::Display for KernelOp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::RemoveRule(rule) => write!(f, "remove {} rule {}", rule.family, rule.priority),
+            Self::RemoveRoute(route) => write!(f, "remove route {}", route.dst),
+            Self::SetMtu(mtu) => write!(f, "set MTU {mtu}"),
+            Self::SetUp => write!(f, "set interface up"),
+            Self::AddAddress(address) => write!(f, "add address {address}"),
+            Self::RemoveAddress(address) => write!(f, "remove address {address}"),
+            Self::AddRoute(route) => write!(f, "add route {}", route.dst),
+            Self::ReplaceRoute(route) => write!(f, "change route {}", route.dst),
+            Self::AddRule(family) => write!(f, "add {family} rule {RULE_PRIORITY}"),
+            Self::SetDown => write!(f, "set interface down"),
+            Self::RemoveLink => write!(f, "remove interface"),
+        }
+    }
 }
 
 /// A reason why a part of the desired state is left out. The rest is in force.
