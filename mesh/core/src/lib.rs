@@ -25,6 +25,7 @@
 //! | [`mesh`] | the machine that composes the above for one node |
 
 pub mod admission;
+pub mod allowed_ips;
 pub mod backoff;
 pub mod facts;
 pub mod gateway;

@@ -163,18 +163,16 @@ fn open_plane(
     let tun = Tun::open(&TunConfig { name: config.interface.clone(), queues: config.shards.into(), persistent: true })?;
     let (queues, claim) = tun.into_queues();
     let mut sockets = Vec::with_capacity(config.shards.into());
-    let mut listen = config.listen;
+    let mut port = config.listen_port;
     for _ in 0..config.shards {
-        let socket = UdpSocket::bind(&UdpConfig {
-            addr: listen,
-            mark: Some(core_kernel::FWMARK),
-            reuse_port: config.shards > 1,
-        })?;
+        let socket =
+            UdpSocket::bind(&UdpConfig { port, fwmark: Some(core_kernel::FWMARK), shared: config.shards > 1 })?;
         // With port 0 the first socket's choice is everyone's.
-        listen.set_port(socket.local_addr().port());
+        port = socket.local_addr().port();
         sockets.push(socket);
     }
-    let plane = DataPlane::start(dataplane::Config { tun: queues, sockets, private_key: key.clone(), relay_sink, events })?;
+    let plane =
+        DataPlane::start(dataplane::Config { tun: queues, sockets, private_key: key.clone(), relay_sink, events })?;
     Ok((plane, claim))
 }
 

@@ -13,7 +13,7 @@ use keystone_mesh_core::relay::RelayAddr;
 use tokio::sync::{mpsc, watch};
 
 use super::addresses::{self, Resolved};
-use super::keeper::Keeper;
+use super::keeper::{Keeper, KeeperEvent};
 use super::saver::Saver;
 use super::uplink::Uplink;
 use super::{End, Start, hints, report};
@@ -145,8 +145,10 @@ impl Driver {
                 Some(event) = events.recv() => self.data_event(event),
                 event = next_event(&mut self.uplink) => self.registry_event(event)?,
                 _ = self.relay_changes.changed() => self.relays_changed(),
-                addresses = self.keeper.addresses_changed() => self.host_addresses(addresses),
-                () = self.keeper.applied() => self.restart_service(),
+                event = self.keeper.next() => match event {
+                    KeeperEvent::HostAddresses(addresses) => self.host_addresses(addresses),
+                    KeeperEvent::Applied => self.restart_service(),
+                },
                 Some(resolved) = self.resolved.recv() => self.resolved(resolved),
                 Some(call) = calls.recv() => if self.call(call).await? { return Ok(End::Left) },
                 () = tokio::time::sleep_until(timeout.into()) => {}

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use keystone_mesh_core::mesh::PeerStatus;
-use keystone_mesh_core::path::State;
+use keystone_mesh_core::path::{Outcome, State, Tried};
 use keystone_mesh_core::{DropReason, NodeId, Via};
 
 use super::driver::{Driver, RegistryState};
@@ -22,11 +22,7 @@ pub(super) fn status(driver: &Driver, now: Instant) -> Status {
         relays: driver.relays.iter().map(|relay| describe_relay(driver, relay)).collect(),
         registry: registry(driver),
         peers,
-        data_plane: DataPlane {
-            live_sessions: stats.live_sessions,
-            drops: drops(&stats),
-            cpu_s: data_plane_cpu(),
-        },
+        data_plane: DataPlane { live_sessions: stats.live_sessions, drops: drops(&stats), cpu_s: data_plane_cpu() },
         warnings,
     }
 }
@@ -97,8 +93,22 @@ fn describe_peer(driver: &Driver, peer: PeerStatus, stats: &Stats, now: Instant)
         rx_bytes: counted.map_or(0, |counted| counted.rx_bytes),
         tx_bytes: counted.map_or(0, |counted| counted.tx_bytes),
         reason: peer.path.reason.map(|reason| reason.to_string()),
-        tried: peer.path.tried.iter().map(ToString::to_string).collect(),
+        tried: peer.path.tried.iter().map(|tried| describe_tried(driver, tried)).collect(),
     }
+}
+
+fn describe_tried(driver: &Driver, tried: &Tried) -> String {
+    let outcome = match tried.outcome {
+        Outcome::Untried => "not tried",
+        Outcome::Probing => "being probed",
+        Outcome::Silent => "no answer",
+        Outcome::LargeProbesLost => "answers small probes only: full-size packets do not pass",
+        Outcome::Died => "stopped working",
+        Outcome::Works => "works",
+    };
+    let rtt = tried.rtt.map_or(String::new(), |rtt| format!(", {:.1} ms", millis(rtt)));
+    let ago = tried.ago.map_or(String::new(), |ago| format!(" ({} s ago)", ago.as_secs()));
+    format!("{} ({}): {outcome}{rtt}{ago}", describe_via(driver, tried.via), tried.origin.label())
 }
 
 fn describe_via(driver: &Driver, via: Via) -> String {

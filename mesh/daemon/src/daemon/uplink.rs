@@ -79,7 +79,12 @@ pub(super) struct Uplink {
 }
 
 impl Uplink {
-    pub(super) fn start(start: &Start, config: &Config, endpoint: QuicEndpoint, plane: Arc<DataPlane>) -> anyhow::Result<Self> {
+    pub(super) fn start(
+        start: &Start,
+        config: &Config,
+        endpoint: QuicEndpoint,
+        plane: Arc<DataPlane>,
+    ) -> anyhow::Result<Self> {
         let identity = start.secret.identity();
         let network = start.membership.as_ref().map(|m| m.network).or(start.token.as_ref().map(|token| token.network));
         let control_plane = start.membership.as_ref().is_some_and(|membership| membership.control_plane);
@@ -103,14 +108,17 @@ impl Uplink {
         }
         let local = match network {
             Some(network) if config.serve_relay => {
-                let relay = RelayServer::new(identity.id(), RelayServerConfig {
-                    network,
-                    limits: AdmissionLimits::default(),
-                    splices: 1024,
-                    verify: verifier(network),
-                    gateway: spliced.clone(),
-                    node: Some(deliver.clone()),
-                });
+                let relay = RelayServer::new(
+                    identity.id(),
+                    RelayServerConfig {
+                        network,
+                        limits: AdmissionLimits::default(),
+                        splices: 1024,
+                        verify: verifier(network),
+                        gateway: spliced.clone(),
+                        node: Some(deliver.clone()),
+                    },
+                );
                 handlers.push((Protocol::Relay, relay.clone()));
                 Some(relay)
             }
