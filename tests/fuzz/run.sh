@@ -27,20 +27,21 @@ mkdir -p "$logs"
 table=
 found=0
 for target in "$@"; do
-    mkdir -p "$learned/$target" "artifacts/$target"
+    mkdir -p "$learned/$target"
     log=$logs/$target.log
     start=$(date +%s)
     # 5 s for one input is a finding too: no decoder needs it.
     cargo fuzz run --fuzz-dir . "$target" "$learned/$target" "corpus/$target" -- \
         -max_total_time="$seconds" -timeout=5 -print_final_stats=1 >"$log" 2>&1
     status=$?
-    runs=$(sed -n 's/^stat::number_of_executed_units: *//p' "$log")
+    runs=$(sed -n 's/^stat::number_of_executed_units: *//p' "$log" | tail -n 1)
     findings=0
     if [ $status -ne 0 ]; then
         findings=1
         found=1
         echo "--- $target" >&2
-        grep -A 60 -m 1 -E '^(thread|==[0-9]+==|error)' "$log" >&2 || tail -n 60 "$log" >&2
+        grep -a -o 'Test unit written to .*' "$log" >&2
+        grep -a -A 60 -m 1 -E '^(thread|==[0-9]+==|error)' "$log" >&2 || tail -n 60 "$log" >&2
     fi
     row=$(printf '%-18s %12s %8s %9s' "$target" "${runs:--}" $(($(date +%s) - start)) $findings)
     echo "$row"

@@ -15,14 +15,19 @@ use libfuzzer_sys::fuzz_target;
 
 /// Packets of one batch.
 const MAX_BATCH: usize = 128;
+/// Bytes of one batch: two super packets and some.
+const MAX_BYTES: usize = 160 << 10;
 
 fuzz_target!(|data: &[u8]| {
     let mut input = Input::new(data);
     let offload = [Offload::TcpAndUdp, Offload::Tcp, Offload::None][usize::from(input.byte() % 3)];
     let mut streams = Streams::default();
     let mut packets = Vec::new();
-    while !input.is_empty() && packets.len() < MAX_BATCH {
-        packets.push(streams.next_packet(&mut input));
+    let mut bytes = 0;
+    while !input.is_empty() && packets.len() < MAX_BATCH && bytes < MAX_BYTES {
+        let packet = streams.next_packet(&mut input);
+        bytes += packet.len();
+        packets.push(packet);
     }
     let given_back = cut(&coalesce(&packets, offload));
     assert_eq!(by_flow(&given_back), by_flow(&packets));

@@ -98,13 +98,19 @@ pub fn assert_sound(packet: &[u8], at: usize, tcp: bool) {
 /// zero; and the IPv4 identification where DF makes it meaningless (RFC 6864). Any other packet as it is.
 pub fn normal(packet: &[u8]) -> Vec<u8> {
     let mut packet = packet.to_vec();
-    let header_len = if packet.first() == Some(&0x45) { 20 } else { 40 };
-    if packet.len() < header_len + 20 || (packet[0] != 0x45 && packet[0] >> 4 != 6) {
+    let is_plain = match packet.first() {
+        Some(0x45) => packet.len() >= 20,
+        Some(0x60..=0x6f) => packet.len() >= 40,
+        _ => false,
+    };
+    if !is_plain {
         return packet;
     }
     let (at, protocol) = transport(&packet);
     let is_v4 = packet[0] == 0x45;
+    let transport_len = if protocol == TCP { 20 } else { 8 };
     let is_sound = matches!(protocol, TCP | UDP)
+        && packet.len() >= at + transport_len
         && (!is_v4 || sum(&packet[..at]) == 0xffff)
         && transport_sum(&packet, at, protocol) == 0xffff;
     if is_sound {
@@ -144,9 +150,10 @@ fn transport_sum(packet: &[u8], at: usize, protocol: u8) -> u16 {
 }
 
 fn sum(bytes: &[u8]) -> u16 {
-    let mut sum = 0u32;
-    for pair in bytes.chunks(2) {
-        sum += u32::from(pair[0]) << 8 | u32::from(pair.get(1).copied().unwrap_or(0));
+    let pairs = bytes.chunks_exact(2);
+    let odd = pairs.remainder().first().map_or(0, |byte| u64::from(*byte) << 8);
+    let mut sum = pairs.map(|pair| u64::from(u16::from_be_bytes([pair[0], pair[1]]))).sum::<u64>() + odd;
+    while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }
     sum as u16
