@@ -24,11 +24,13 @@
 //! | [`wire`] | what gateway, joiner and relay say to each other |
 //! | [`mesh`] | the machine that composes the above for one node |
 
+pub mod allowed_ips;
 pub mod io;
 pub mod key;
 pub mod path;
 pub mod probe;
 pub mod relay;
 
+pub use allowed_ips::AllowedIps;
 pub use io::{DropReason, Via};
 pub use key::{Identity, NodeId, PresharedKey, PrivateKey, PublicKey, Secret, Signature};

@@ -6,3 +6,5 @@ pub mod dataplane;
 pub mod kernel;
 pub mod quic;
 pub mod sys;
+pub mod tun;
+pub mod udp;
