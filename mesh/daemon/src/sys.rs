@@ -1,1 +1,4 @@
 //! All `unsafe` of the daemon: system calls that no crate wraps, each with a safety line.
+
+pub(crate) mod eventfd;
+pub(crate) mod tun;
