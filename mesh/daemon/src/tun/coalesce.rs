@@ -532,7 +532,10 @@ mod tests {
         extension[6] = 0;
         for packet in [fragment, extension, vec![0x46; 100], vec![0x45], vec![]] {
             let written = coalesce(&[packet.clone(), packet.clone()], Offload::TcpAndUdp);
-            assert_eq!(written, [[vec![0; HEADER_LEN], packet.clone()].concat(), [vec![0; HEADER_LEN], packet].concat()]);
+            assert_eq!(
+                written,
+                [[vec![0; HEADER_LEN], packet.clone()].concat(), [vec![0; HEADER_LEN], packet].concat()]
+            );
         }
     }
 

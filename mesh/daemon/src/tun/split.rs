@@ -134,8 +134,7 @@ impl Cut {
         {
             return Err(SplitError::Mismatch);
         }
-        let transport_len =
-            if tcp { usize::from(packet.get(transport + 12).ok_or(truncated)? >> 4) * 4 } else { 8 };
+        let transport_len = if tcp { usize::from(packet.get(transport + 12).ok_or(truncated)? >> 4) * 4 } else { 8 };
         if tcp && transport_len < 20 {
             return Err(SplitError::Mismatch);
         }
