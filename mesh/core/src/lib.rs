@@ -24,7 +24,11 @@
 //! | [`gateway`], [`wire`] | what node and gateway say to each other, and its framing |
 //! | [`mesh`] | the machine that composes the above for one node |
 
+pub mod admission;
 pub mod allowed_ips;
+pub mod backoff;
+pub mod facts;
+pub mod gateway;
 pub mod io;
 pub mod kernel;
 pub mod key;
@@ -40,5 +44,5 @@ pub mod token;
 pub mod wire;
 
 pub use allowed_ips::AllowedIps;
-pub use io::{DropReason, Via};
+pub use io::{DropReason, PeerConfig, PeerOp, Via};
 pub use key::{Identity, NodeId, PresharedKey, PrivateKey, PublicKey, Secret, Signature};

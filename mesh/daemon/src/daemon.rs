@@ -24,7 +24,7 @@ use anyhow::{Context as _, bail};
 use keystone_mesh_core::mesh::{Hint, Mesh, Own};
 use keystone_mesh_core::node::NodeName;
 use keystone_mesh_core::token::Token;
-use keystone_mesh_core::{Secret, kernel as core_kernel};
+use keystone_mesh_core::{PublicKey, Secret, kernel as core_kernel};
 use tokio::sync::mpsc;
 
 use self::driver::Driver;
@@ -53,6 +53,16 @@ enum End {
     Stopped,
     /// Left the network: does not.
     Left,
+    /// Somebody deleted the interface: to be started again at once.
+    InterfaceLost,
+}
+
+/// The data plane and what is fixed about it.
+struct Local {
+    plane: Arc<DataPlane>,
+    port: u16,
+    public_key: PublicKey,
+    started: Instant,
 }
 
 /// What a start knows about this node.
@@ -67,8 +77,30 @@ struct Start {
 
 /// Runs the daemon until it is asked to stop, or leaves.
 pub async fn run(places: &Places, config: Config, token: Option<Token>) -> anyhow::Result<()> {
-    let started = Instant::now();
     let mut stop = Stop::new()?;
+    let interface = config.interface.clone();
+    let mut token = token;
+    let end = loop {
+        match run_once(places, config.clone(), token.take(), &mut stop).await {
+            Ok(End::InterfaceLost) => tracing::warn!(interface, "somebody deleted the interface; making it again"),
+            end => break end,
+        }
+    };
+    let gone = match &end {
+        Ok(End::Stopped) => config.on_stop == OnStop::Remove,
+        Ok(End::Left | End::InterfaceLost) => true,
+        // What a failed start had made stays as little as what a member that was put out had.
+        Err(_) => !places.state_dir.join("membership").exists(),
+    };
+    if gone {
+        keeper::remove(&interface).await?;
+    }
+    tracing::info!(interface_removed = gone, "daemon stopped");
+    end.map(|_| ())
+}
+
+async fn run_once(places: &Places, config: Config, token: Option<Token>, stop: &mut Stop) -> anyhow::Result<End> {
+    let started = Instant::now();
     let start = prepare(places, &config, token)?;
     preflight::require()?;
     let listener = control::bind(&places.socket())?;
@@ -76,45 +108,38 @@ pub async fn run(places: &Places, config: Config, token: Option<Token>) -> anyho
     let key = config.private_key.clone().unwrap_or_else(|| start.secret.wireguard(0));
     let (events_in, events) = mpsc::channel(EVENTS);
     let relay_sink = Arc::new(uplink::LateRelays::default());
-    let (plane, tun_claim) = open_plane(&config, &key, relay_sink.clone(), events_in)?;
+    let (plane, port, tun_claim) = open_plane(&config, &key, relay_sink.clone(), events_in)?;
     let plane = Arc::new(plane);
     let endpoint = QuicEndpoint::new(plane.quic_socket(), start.secret.identity(), EndpointLimits::default())
         .context("cannot start QUIC")?;
-    let uplink = Uplink::start(&start, &config, endpoint, plane.clone())?;
-    relay_sink.set(uplink.relays.clone());
+    let uplink = Uplink::start(&start, &config, endpoint, &plane)?;
+    relay_sink.set(&uplink.relays);
     let keeper = keeper::start(&config.interface)?;
     let (calls_in, calls) = mpsc::channel(CALLS);
     let serving = tokio::spawn(control::serve(listener, calls_in));
 
-    let mesh = Mesh::new(own(&start, &config, key)?);
-    let interface = config.interface.clone();
-    let on_stop = config.on_stop;
-    let port = plane.local_addr().port();
+    let mesh = Mesh::new(own(&start, &config, key.clone())?);
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         name = start.name.as_ref().map(NodeName::as_str),
         identity = %start.secret.identity().id(),
-        interface,
+        interface = config.interface,
         port,
         "daemon started"
     );
-    let mut driver = Driver::new(start, config, mesh, plane.clone(), uplink, keeper, started);
+    let local = Local { plane, port, public_key: key.public_key(), started };
+    let mut driver = Driver::new(start, config, mesh, local, uplink, keeper);
     driver.begin();
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    let end = driver.run(&mut stop, events, calls).await;
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-
+    let end = driver.run(stop, events, calls).await;
+    if !matches!(end, Ok(End::InterfaceLost)) {
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    }
     serving.abort();
     let _ = std::fs::remove_file(places.socket());
     driver.finish().await;
-    plane.stop();
     drop(tun_claim);
-    let gone = !matches!(end, Ok(End::Stopped)) || on_stop == OnStop::Remove;
-    if gone {
-        keeper::remove(&interface).await?;
-    }
-    tracing::info!(interface_removed = gone, "daemon stopped");
-    end.map(|_| ())
+    end
 }
 
 /// Reads and checks everything on disk, before anything is touched.
@@ -159,7 +184,7 @@ fn open_plane(
     key: &keystone_mesh_core::PrivateKey,
     relay_sink: Arc<dyn RelaySink>,
     events: mpsc::Sender<dataplane::DataEvent>,
-) -> anyhow::Result<(DataPlane, crate::tun::TunClaim)> {
+) -> anyhow::Result<(DataPlane, u16, crate::tun::TunClaim)> {
     let tun = Tun::open(&TunConfig { name: config.interface.clone(), queues: config.shards.into(), persistent: true })?;
     let (queues, claim) = tun.into_queues();
     let mut sockets = Vec::with_capacity(config.shards.into());
@@ -169,11 +194,11 @@ fn open_plane(
             UdpSocket::bind(&UdpConfig { port, fwmark: Some(core_kernel::FWMARK), shared: config.shards > 1 })?;
         // With port 0 the first socket's choice is everyone's.
         port = socket.local_addr().port();
-        sockets.push(socket);
+        sockets.push(Arc::new(socket));
     }
-    let plane =
-        DataPlane::start(dataplane::Config { tun: queues, sockets, private_key: key.clone(), relay_sink, events })?;
-    Ok((plane, claim))
+    let private_key = key.clone();
+    let plane = DataPlane::start(dataplane::Config { tun: queues, sockets, private_key, relay: relay_sink, events })?;
+    Ok((plane, port, claim))
 }
 
 fn own(start: &Start, config: &Config, key: keystone_mesh_core::PrivateKey) -> anyhow::Result<Own> {

@@ -49,11 +49,6 @@ use keystone_mesh_core::io::{PeerConfig, PeerOp};
 use keystone_mesh_core::{DropReason, NodeId, PrivateKey, PublicKey, Via};
 use tokio::sync::mpsc;
 
-pub use inbox::PacketBatch;
-pub use shared::{NoRelays, RelaySink};
-/// How many shards there can be.
-pub const MAX_SHARDS: usize = table::MAX_SHARDS;
-
 use crate::sys::eventfd::EventFd;
 use crate::tun::TunQueue;
 use crate::udp::UdpSocket;
@@ -61,13 +56,20 @@ use crate::udp::quic::QuicSocket;
 use counters::Counters;
 use egress::Egress;
 use inbox::Inbox;
+pub use inbox::PacketBatch;
 use ingress::Ingress;
 use keeper::{Job, Keeper};
 use peer::PeerCell;
 use remote::Remote;
 use shared::Shared;
+pub use shared::{NoRelays, RelaySink};
 use table::{Roster, Table};
 use wg::Engine;
+
+/// How many shards there can be.
+pub const MAX_SHARDS: usize = table::MAX_SHARDS;
+/// Every thread's name begins so: for accounts of what the data plane costs.
+pub const THREAD_PREFIX: &str = "ks-";
 
 /// What the data plane tells the control side. When the control side is too slow, events are dropped and counted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -147,6 +149,8 @@ pub struct PeerStats {
     pub last_handshake: Option<Instant>,
     /// When the last authentic packet came.
     pub last_received: Option<Instant>,
+    /// Which way it came.
+    pub received_via: Option<Via>,
     /// Whether packets can be sealed at once.
     pub has_session: bool,
 }
@@ -207,13 +211,13 @@ impl DataPlane {
             threads: Vec::new(),
         };
         let keeper = Keeper::new(Arc::clone(&shared), job_queue);
-        plane.spawn("ks-keeper".to_owned(), move || keeper.run())?;
+        plane.spawn(format!("{THREAD_PREFIX}keeper"), move || keeper.run())?;
         for (shard, (queue, inbox)) in tun.into_iter().zip(inboxes).enumerate() {
             let queue = Arc::new(queue);
             let egress = Egress::new(Arc::clone(&shared), shard, Arc::clone(&queue));
-            plane.spawn(format!("ks-egress-{shard}"), move || egress.run())?;
+            plane.spawn(format!("{THREAD_PREFIX}egress-{shard}"), move || egress.run())?;
             let ingress = Ingress::new(Arc::clone(&shared), shard, queue, inbox);
-            plane.spawn(format!("ks-ingress-{shard}"), move || ingress.run())?;
+            plane.spawn(format!("{THREAD_PREFIX}ingress-{shard}"), move || ingress.run())?;
         }
         Ok(plane)
     }
@@ -353,8 +357,8 @@ impl Stats {
 
 impl PeerStats {
     fn of(cell: &PeerCell) -> Self {
-        let peer::Snapshot { via, rx_bytes, tx_bytes, last_handshake, last_received, has_session } =
+        let peer::Snapshot { via, rx_bytes, tx_bytes, last_handshake, last_received, received_via, has_session } =
             cell.lock().snapshot();
-        Self { key: cell.key, via, rx_bytes, tx_bytes, last_handshake, last_received, has_session }
+        Self { key: cell.key, via, rx_bytes, tx_bytes, last_handshake, last_received, received_via, has_session }
     }
 }

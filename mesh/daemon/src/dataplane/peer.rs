@@ -51,6 +51,7 @@ pub(crate) struct Peer {
     tx_bytes: u64,
     last_handshake: Option<Instant>,
     last_received: Option<Instant>,
+    received_via: Option<Via>,
 
     // When things were done last, to be done again or not yet.
     last_sent: Option<Instant>,
@@ -90,6 +91,7 @@ pub(crate) struct Snapshot {
     pub(crate) tx_bytes: u64,
     pub(crate) last_handshake: Option<Instant>,
     pub(crate) last_received: Option<Instant>,
+    pub(crate) received_via: Option<Via>,
     pub(crate) has_session: bool,
 }
 
@@ -127,6 +129,7 @@ impl Peer {
             tx_bytes: 0,
             last_handshake: None,
             last_received: None,
+            received_via: None,
             last_sent: None,
             last_attempt: None,
             last_request: None,
@@ -169,6 +172,7 @@ impl Peer {
             tx_bytes: self.tx_bytes,
             last_handshake: self.last_handshake,
             last_received: self.last_received,
+            received_via: self.received_via,
             has_session: self.has_session(),
         }
     }
@@ -270,6 +274,7 @@ impl Peer {
     pub(crate) fn received(&mut self, bytes: usize, from: &Remote, now: Instant) -> Received {
         self.rx_bytes += bytes as u64;
         self.last_received = Some(now);
+        self.received_via = Some(from.via());
         let confirmed = std::mem::take(&mut self.unconfirmed);
         if confirmed {
             self.last_handshake = Some(now);
