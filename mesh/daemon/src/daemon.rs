@@ -25,12 +25,12 @@ use keystone_mesh_core::mesh::{Hint, Mesh, Own};
 use keystone_mesh_core::node::NodeName;
 use keystone_mesh_core::token::Token;
 use keystone_mesh_core::{PublicKey, Secret, kernel as core_kernel};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use self::driver::Driver;
 use self::uplink::Uplink;
 use crate::config::{Config, OnStop, Places};
-use crate::control;
+use crate::control::{self, Answer};
 use crate::dataplane::{self, DataPlane, RelaySink};
 use crate::join::{refuse_other_network, relays_of};
 use crate::member;
@@ -46,13 +46,16 @@ const EVENTS: usize = 1024;
 /// Calls of the control socket that wait for the driver; a caller beyond waits at its socket.
 const CALLS: usize = 16;
 
+/// How long the answer to a leave has to reach its asker.
+const FAREWELL: Duration = Duration::from_millis(100);
+
 /// How a daemon ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 enum End {
     /// By a signal: comes back.
     Stopped,
-    /// Left the network: does not.
-    Left,
+    /// Left the network: does not. Who asked is answered once everything is cleaned up.
+    Left(oneshot::Sender<Answer>),
     /// Somebody deleted the interface: to be started again at once.
     InterfaceLost,
 }
@@ -88,14 +91,23 @@ pub async fn run(places: &Places, config: Config, token: Option<Token>) -> anyho
     };
     let gone = match &end {
         Ok(End::Stopped) => config.on_stop == OnStop::Remove,
-        Ok(End::Left | End::InterfaceLost) => true,
+        Ok(End::Left(_) | End::InterfaceLost) => true,
         // What a failed start had made stays as little as what a member that was put out had.
         Err(_) => !places.state_dir.join("membership").exists(),
     };
-    if gone {
-        keeper::remove(&interface).await?;
+    let removed = if gone { keeper::remove(&interface).await } else { Ok(()) };
+    tracing::info!(interface_removed = gone && removed.is_ok(), "daemon stopped");
+    if let Ok(End::Left(answer)) = end {
+        let said = match &removed {
+            Ok(()) => Answer::Done,
+            Err(error) => Answer::Failed { message: format!("left the network, but {error:#}") },
+        };
+        let _ = answer.send(said);
+        // The answer leaves by a task of its own, which the end of the process would cut off.
+        tokio::time::sleep(FAREWELL).await;
+        return removed;
     }
-    tracing::info!(interface_removed = gone, "daemon stopped");
+    removed?;
     end.map(|_| ())
 }
 
@@ -135,7 +147,9 @@ async fn run_once(places: &Places, config: Config, token: Option<Token>, stop: &
     if !matches!(end, Ok(End::InterfaceLost)) {
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     }
-    serving.abort();
+    if !matches!(end, Ok(End::Left(_))) {
+        serving.abort();
+    }
     let _ = std::fs::remove_file(places.socket());
     driver.finish().await;
     drop(tun_claim);

@@ -9,7 +9,7 @@ use keystone_mesh_core::mesh::{Counters, Mesh, Output, with_port};
 use keystone_mesh_core::network::SignedNetwork;
 use keystone_mesh_core::node::{Entry, NodeRecord, SignedApproval};
 use keystone_mesh_core::relay::RelayAddr;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::addresses::{self, Resolved};
 use super::keeper::{Keeper, KeeperEvent};
@@ -142,7 +142,7 @@ impl Driver {
                     KeeperEvent::Applied => self.restart_service(),
                 },
                 Some(resolved) = self.resolved.recv() => self.resolved(resolved),
-                Some(call) = calls.recv() => if self.call(call).await? { return Ok(End::Left) },
+                Some(call) = calls.recv() => if let Some(asker) = self.call(call).await { return Ok(End::Left(asker)) },
                 () = tokio::time::sleep_until(timeout.into()) => {}
             }
             let now = Instant::now();
@@ -386,10 +386,9 @@ impl Driver {
 
     // --- the control socket ---
 
-    /// Answers a call; true where the node has left.
-    async fn call(&mut self, call: Call) -> anyhow::Result<bool> {
+    /// Answers a call; where the node has left by it, gives back whom to answer in the end.
+    async fn call(&mut self, call: Call) -> Option<oneshot::Sender<Answer>> {
         let Call { request, answer } = call;
-        let mut left = false;
         let said = match request {
             Request::Status => Answer::Status(Box::new(report::status(self, Instant::now()))),
             Request::Connect { name } => match self.mesh.peer_named(&name) {
@@ -400,10 +399,7 @@ impl Driver {
                 None => failed(format!("there is no peer `{name}`")),
             },
             Request::Leave { force } => match self.leave(force).await {
-                Ok(()) => {
-                    left = true;
-                    Answer::Done
-                }
+                Ok(()) => return Some(answer),
                 Err(message) => failed(message),
             },
             request @ (Request::TokenCreate { .. }
@@ -415,7 +411,7 @@ impl Driver {
             },
         };
         let _ = answer.send(said);
-        Ok(left)
+        None
     }
 
     async fn leave(&mut self, force: bool) -> Result<(), String> {
