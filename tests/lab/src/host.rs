@@ -31,12 +31,7 @@ struct Inner {
 }
 
 impl Host {
-    pub(crate) fn new(
-        fabric: &Arc<Fabric>,
-        namespace: Arc<Namespace>,
-        uplink: Uplink,
-        router: Option<Router>,
-    ) -> Self {
+    pub(crate) fn new(fabric: &Arc<Fabric>, namespace: Arc<Namespace>, uplink: Uplink, router: Option<Router>) -> Self {
         Self { inner: Arc::new(Inner { _fabric: Arc::clone(fabric), namespace, uplink, router }) }
     }
 
@@ -68,6 +63,10 @@ impl Host {
     /// The name of its site: of the router at the internet's edge, or its own if it is public.
     pub(crate) fn site(&self) -> &str {
         self.router().map_or_else(|| self.name(), |router| router.outermost().name())
+    }
+
+    pub(crate) fn namespace(&self) -> &Namespace {
+        &self.inner.namespace
     }
 
     /// A folder of this host's own, on a private tmpfs.

@@ -66,9 +66,8 @@ impl Internet {
         state.leases += 1;
         let number = state.leases;
         let v4 = Ipv4Addr::new(198, 51, 100, number);
-        let mut far = format!(
-            "link set dev {site} up\naddr replace {GATEWAY}/32 dev {site}\nroute replace {v4}/32 dev {site}\n"
-        );
+        let mut far =
+            format!("link set dev {site} up\naddr replace {GATEWAY}/32 dev {site}\nroute replace {v4}/32 dev {site}\n");
         let mut near = format!(
             "link set dev {device} up\naddr replace {v4}/32 dev {device}\nroute replace {GATEWAY}/32 dev {device}\n\
              route replace default via {GATEWAY} dev {device} src {v4}\n"
@@ -154,7 +153,9 @@ mod tests {
         weather.udp_blocked.insert(("a".into(), "b".into()));
         weather.loss.insert("c".into(), 200);
         let rules = ruleset(&weather);
-        assert!(rules.contains("iifname \"a\" oifname \"b\" drop") && rules.contains("iifname \"b\" oifname \"a\" drop"));
+        assert!(
+            rules.contains("iifname \"a\" oifname \"b\" drop") && rules.contains("iifname \"b\" oifname \"a\" drop")
+        );
         assert_eq!(rules.matches("mod 1000 < 200 drop").count(), 2);
     }
 }

@@ -118,7 +118,8 @@ impl Drop for Namespace {
 fn make(path: &PathBuf) -> Result<File> {
     unshare(CloneFlags::CLONE_NEWNET).context("unshare(CLONE_NEWNET)")?;
     File::create(path)?;
-    mount(Some("/proc/thread-self/ns/net"), path, None::<&str>, MsFlags::MS_BIND, None::<&str>).context("bind mount")?;
+    mount(Some("/proc/thread-self/ns/net"), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+        .context("bind mount")?;
     for (key, value) in SYSCTLS {
         let _kernel_without_it = fs::write(format!("/proc/sys/net/{key}"), value);
     }

@@ -44,8 +44,8 @@ impl Pinger {
     /// Starts at once, and goes on whatever happens: a missing route or device is no more than a lost reply.
     pub fn start(host: &Host, target: Ipv4Addr, every: Duration) -> Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC;
-        let opened =
-            host.enter(|| socket(AddressFamily::Inet, SockType::Datagram, flags, SockProtocol::Icmp).map(UdpSocket::from));
+        let opened = host
+            .enter(|| socket(AddressFamily::Inet, SockType::Datagram, flags, SockProtocol::Icmp).map(UdpSocket::from));
         let out = opened.with_context(|| format!("on {}: open an ICMP socket", host.name()))?;
         out.set_read_timeout(Some(RECEIVE_TIMEOUT)).context("set a timeout")?;
         let back = out.try_clone().context("share the socket")?;
@@ -155,16 +155,13 @@ impl Trace {
         (asked.clone().count(), asked.filter(|echo| echo.replied.is_some()).count())
     }
 
-    /// The longest time between two answered requests sent between `from` and `to`, which count as answered themselves.
+    /// The longest silence between `from` and `to`: time without a reply coming in. Both ends count as replies.
     pub fn longest_gap(&self, from: Instant, to: Instant) -> Duration {
-        let answered = self.between(from, to).filter(|echo| echo.replied.is_some()).map(|echo| echo.sent);
-        let mut last = from;
-        let mut longest = Duration::ZERO;
-        for at in answered.chain([to]) {
-            longest = longest.max(at.saturating_duration_since(last));
-            last = at;
-        }
-        longest
+        let replies = self.echoes.iter().filter_map(|echo| echo.replied);
+        let mut moments: Vec<Instant> = replies.filter(|at| (from..to).contains(at)).chain([from, to]).collect();
+        moments.sort_unstable();
+        let silences = moments.windows(2).map(|pair| pair[1] - pair[0]);
+        silences.max().unwrap_or_default()
     }
 
     /// The median round trip of the answered requests sent between `from` and `to`.
@@ -185,13 +182,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_gap_is_the_time_between_answered_requests_and_reaches_to_the_edges() {
+    fn a_gap_is_the_longest_time_without_a_reply_and_reaches_to_the_edges() {
         let start = Instant::now();
         let at = |millis: u64| start + Duration::from_millis(millis);
         let echo = |sent, answered: bool| Echo { sent: at(sent), replied: answered.then(|| at(sent + 1)) };
         let trace = Trace { echoes: vec![echo(0, true), echo(10, false), echo(20, false), echo(30, true)] };
         assert_eq!(trace.longest_gap(start, at(31)), Duration::from_millis(30));
-        assert_eq!(trace.longest_gap(start, at(100)), Duration::from_millis(70));
+        assert_eq!(trace.longest_gap(start, at(100)), Duration::from_millis(69));
         assert_eq!(trace.counts(start, at(31)), (4, 2));
         assert_eq!(trace.median_rtt(start, at(31)), Some(Duration::from_millis(1)));
     }

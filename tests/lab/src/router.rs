@@ -1,8 +1,8 @@
 //! A home router, a cloud NAT gateway, a carrier's NAT: one namespace with a `wan` and a bridge `lan`.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -91,8 +91,8 @@ impl Router {
             Upstream::Behind(router) => &router.inner.namespace,
         };
         let uplink = Uplink::plug(End::new(&namespace, "wan"), End::new(far, name), lease, fabric.wire)?;
-        if delegated.is_some() {
-            namespace.ip("addr replace fe80::1/64 dev lan nodad\n")?;
+        if let Some(lan_v6) = delegated {
+            namespace.ip(&format!("addr add fe80::1/64 dev lan nodad\nroute add {lan_v6} dev lan\n"))?;
         }
         let inner = Inner { fabric: Arc::clone(fabric), namespace, spec, lan, uplink, last_host: AtomicU8::new(0) };
         Ok(Self { inner: Arc::new(inner) })
@@ -166,7 +166,8 @@ impl Router {
         let v6 = uplink.lease().delegated_v6.map(|net| Ipv6Addr::from_bits(net.addr().to_bits() | u128::from(number)));
         if let Some(v6) = v6 {
             near += &format!("addr replace fe80::{}/64 dev {device} nodad\n", u16::from(number) + 1);
-            near += &format!("addr replace {v6}/64 dev {device} nodad\nroute replace default via fe80::1 dev {device}\n");
+            near +=
+                &format!("addr replace {v6}/64 dev {device} nodad\nroute replace default via fe80::1 dev {device}\n");
         }
         Ok(Lease { v4, v6, delegated_v6: None, near, far })
     }

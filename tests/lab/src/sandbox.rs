@@ -13,7 +13,7 @@
 //! nothing stays behind, and no clean-up code has to run for that.
 
 use std::ffi::OsString;
-use std::io::Read;
+use std::io::{PipeReader, Read};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::{env, fs, io, process, thread};
@@ -51,8 +51,19 @@ pub struct Sandbox {
 impl Sandbox {
     /// Starts this very program again, with `args`, in private namespaces. Its output goes where ours goes.
     pub fn enter<I: IntoIterator<Item = OsString>>(args: I) -> Result<Self> {
-        let program = env::current_exe().context("find the path of this program")?;
+        Self::start(Self::unshare()?, args)
+    }
+
+    /// As [`Self::enter`], with stdout and stderr, in order, to be read here.
+    pub fn enter_piped<I: IntoIterator<Item = OsString>>(args: I) -> Result<(Self, PipeReader)> {
+        let (reader, writer) = io::pipe().context("make a pipe")?;
         let mut command = Self::unshare()?;
+        command.stdout(writer.try_clone().context("share the pipe")?).stderr(writer);
+        Ok((Self::start(command, args)?, reader))
+    }
+
+    fn start<I: IntoIterator<Item = OsString>>(mut command: Command, args: I) -> Result<Self> {
+        let program = env::current_exe().context("find the path of this program")?;
         command.arg(program).args(args).env(INSIDE, "1").stdin(Stdio::piped());
         let mut child = command.spawn().context("start unshare (package util-linux)")?;
         let lifeline = child.stdin.take();
@@ -132,8 +143,11 @@ pub fn in_own_world(name: &str, test: impl FnOnce() -> Result<()>) {
     }
     crate::preflight::ensure(crate::preflight::NETWORK_TOOLS).expect("the lab's tools are there");
     let args = [name, "--exact", "--include-ignored", "--nocapture"].map(OsString::from);
-    let status = Sandbox::enter(args).and_then(Sandbox::wait).expect("the sandbox starts");
-    assert!(status.success(), "{name} fails in its sandbox: {status}");
+    let (sandbox, mut output) = Sandbox::enter_piped(args).expect("the sandbox starts");
+    let mut text = String::new();
+    output.read_to_string(&mut text).expect("the test inside writes UTF-8");
+    let status = sandbox.wait().expect("the sandbox ends");
+    assert!(status.success(), "{name} fails in its sandbox: {status}\n{text}");
 }
 
 /// What the inside knows about where it is.

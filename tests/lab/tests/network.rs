@@ -245,7 +245,8 @@ fn frames_are_no_longer_than_the_mtu_where_the_wire_is_ethernet() {
             drop(stream);
             sink.join().expect("the sink reads to the end")?;
             let count = |name: &str| -> Result<u64> {
-                let shown = a.run(std::process::Command::new("ip").args(["-json", "-stats", "link", "show", "eth0"]))?;
+                let shown =
+                    a.run(std::process::Command::new("ip").args(["-json", "-stats", "link", "show", "eth0"]))?;
                 let shown: serde_json::Value = serde_json::from_str(&shown)?;
                 Ok(shown[0]["stats64"]["tx"][name].as_u64().unwrap_or(0))
             };
