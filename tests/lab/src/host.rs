@@ -9,6 +9,7 @@ use std::{fs, io};
 use anyhow::{Context, Result};
 
 use crate::link::Uplink;
+use crate::nat::Nat;
 use crate::netns::Namespace;
 use crate::process::Process;
 use crate::router::Router;
@@ -58,6 +59,13 @@ impl Host {
     /// The router in whose LAN it is; None for a public host.
     pub fn router(&self) -> Option<&Router> {
         self.inner.router.as_ref()
+    }
+
+    /// The IPv4 address under which the internet sees it: its own, or that of the router at the internet's edge. Behind a
+    /// firewall that does not translate it is its own.
+    pub fn public_v4(&self) -> Ipv4Addr {
+        let edge = self.router().map(Router::outermost).filter(|router| router.nat() != Nat::Firewall);
+        edge.map_or_else(|| self.v4(), Router::wan_v4)
     }
 
     /// The name of its site: of the router at the internet's edge, or its own if it is public.

@@ -1,6 +1,7 @@
 //! A program that runs on a host, with its output in a file; it ends when this value does.
 
 use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
@@ -28,7 +29,8 @@ impl Process {
         let name = command.get_program().to_string_lossy().into_owned();
         let file = File::options().create(true).append(true).open(log);
         let file = file.with_context(|| format!("open {}", log.display()))?;
-        command.env("PATH", tool::search_path()).stdin(Stdio::null());
+        // A group of its own: Ctrl-C in the terminal is for the lab, which then ends everything.
+        command.env("PATH", tool::search_path()).stdin(Stdio::null()).process_group(0);
         command.stdout(file.try_clone().context("share the log file")?).stderr(file);
         let child = namespace.spawn(command)?;
         Ok(Self { name, child, log: log.to_owned() })

@@ -1,5 +1,6 @@
 //! The lab's own parts, each against what its name promises. Every test runs in a sandbox of its own.
 
+use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
@@ -213,19 +214,34 @@ fn loss_and_rate_are_about_what_was_asked() {
         world.set_loss(&home, 0)?;
 
         home.uplink().set_rate(Some(8))?;
-        let listener = a.enter(|| TcpListener::bind("0.0.0.0:7000"))?;
-        let sink = std::thread::spawn(move || -> Result<u64> {
-            Ok(std::io::copy(&mut listener.accept()?.0, &mut std::io::sink())?)
-        });
-        let target = SocketAddr::new(a.v4().into(), 7000);
-        let start = Instant::now();
-        let mut stream = home.enter(|| TcpStream::connect(target))?;
-        std::io::Write::write_all(&mut stream, &vec![0; 500_000])?;
-        drop(stream);
-        let bytes = sink.join().expect("the sink reads to the end")?;
-        let mbit = bytes as f64 * 8e-6 / start.elapsed().as_secs_f64();
+        let (bytes, took) = transfer(&home, &a, 500_000)?;
+        let mbit = bytes as f64 * 8e-6 / took.as_secs_f64();
         assert!((2.0..10.0).contains(&mbit), "{mbit} Mbit/s through a link of 8");
         home.uplink().set_rate(None)
+    });
+}
+
+/// Sends so many bytes over TCP and returns how many arrived, and in what time.
+fn transfer(from: &Host, to: &Host, bytes: usize) -> Result<(u64, Duration)> {
+    let listener = to.enter(|| TcpListener::bind("0.0.0.0:0"))?;
+    let target = SocketAddr::new(to.v4().into(), listener.local_addr()?.port());
+    let sink = std::thread::spawn(move || io::copy(&mut listener.accept()?.0, &mut io::sink()));
+    let start = Instant::now();
+    let mut stream = from.enter(|| TcpStream::connect(target))?;
+    stream.write_all(&vec![0; bytes])?;
+    drop(stream);
+    let arrived = sink.join().expect("the sink reads to the end")?;
+    Ok((arrived, start.elapsed()))
+}
+
+#[test]
+fn tcp_passes_a_narrower_link_in_the_middle() {
+    in_own_world("tcp_passes_a_narrower_link_in_the_middle", || {
+        let Street { a, router, home, .. } = street(kind(Nat::PortRestricted))?;
+        router.uplink().set_mtu(1280)?;
+        assert_eq!(transfer(&home, &a, 1 << 20)?.0, 1 << 20);
+        assert_eq!(transfer(&home, &a, 1 << 20)?.0, 1 << 20);
+        Ok(())
     });
 }
 
@@ -235,15 +251,7 @@ fn frames_are_no_longer_than_the_mtu_where_the_wire_is_ethernet() {
         for (wire, whole) in [(Wire::Ethernet, true), (Wire::Offloaded, false)] {
             let world = World::new(wire)?;
             let (a, b) = (world.public_host("a")?, world.public_host("b")?);
-            let listener = b.enter(|| TcpListener::bind("0.0.0.0:7000"))?;
-            let sink = std::thread::spawn(move || -> Result<u64> {
-                Ok(std::io::copy(&mut listener.accept()?.0, &mut std::io::sink())?)
-            });
-            let target = SocketAddr::new(b.v4().into(), 7000);
-            let mut stream = a.enter(|| TcpStream::connect(target))?;
-            std::io::Write::write_all(&mut stream, &vec![0; 4_000_000])?;
-            drop(stream);
-            sink.join().expect("the sink reads to the end")?;
+            assert_eq!(transfer(&a, &b, 4_000_000)?.0, 4_000_000);
             let count = |name: &str| -> Result<u64> {
                 let shown =
                     a.run(std::process::Command::new("ip").args(["-json", "-stats", "link", "show", "eth0"]))?;

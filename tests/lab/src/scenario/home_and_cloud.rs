@@ -59,23 +59,25 @@ const LEAST_MBIT: f64 = 1.0;
 pub(super) fn play(stage: &mut Stage, story: &mut Story) -> Result<Value> {
     story.chapter("The network");
     let start = Instant::now();
+    let founders = stage.founders()?;
     let workers = [
         worker_behind(stage, "worker-sym", "cloud-a", Nat::Symmetric)?,
         worker_behind(stage, "worker-pr", "cloud-b", Nat::PortRestricted)?,
         public_worker(stage, "worker-pub")?,
     ];
     story.text(PICTURE);
-    story.step(&format!("the workers' machines and routers are up after {}", millis(start.elapsed())));
+    story.table(&stage.describe());
+    story.step(&format!("all of it is up after {}", millis(start.elapsed())));
 
     story.chapter("The control plane");
-    let plane = stage.found(story)?;
+    let plane = founders.found(story)?;
 
     story.chapter("Workers join, each with a token and nothing else");
     let joins = workers.iter().map(|worker| join(story, &plane, worker)).collect::<Result<Vec<_>>>()?;
 
     let cast = Cast { plane, workers };
     story.chapter("Everyone reaches everyone");
-    let pairs = PAIRS.iter().map(|pair| cast.pair(story, pair)).collect::<Result<Vec<_>>>()?;
+    let pairs = cast.pairs(story)?;
 
     story.chapter("TCP through the mesh, against the same cables without it");
     let throughput = cast.throughput(story)?;
@@ -86,19 +88,29 @@ pub(super) fn play(stage: &mut Stage, story: &mut Story) -> Result<Value> {
     story.chapter("The daemon of worker-pr is killed (-9) and started again");
     let restart = cast.restart(story)?;
 
+    story.chapter("After all that, everyone still reaches everyone");
+    let pairs_at_end = cast.pairs(story)?;
+
     story.chapter("In the end");
-    table(story, &joins, &pairs, &throughput, &failover);
-    Ok(json!({ "joins": joins, "pairs": pairs, "throughput": throughput, "failover": failover, "restart": restart }))
+    table(story, &joins, &pairs_at_end, &throughput, &failover);
+    Ok(json!({
+        "joins": joins,
+        "pairs": pairs,
+        "throughput": throughput,
+        "failover": failover,
+        "restart": restart,
+        "pairs_at_end": pairs_at_end,
+    }))
 }
 
 const PICTURE: &str = r"
       home                   worker-sym              worker-pr
-   192.168.1.2                10.0.0.2               10.0.0.2
         |                        |                       |
   [home-router]              [cloud-a]               [cloud-b]              worker-pub    relay
   port-restricted            symmetric            port-restricted               |           |
         |                        |                       |                      |           |
   ======+========================+====== internet =======+======================+===========+====
+
 ";
 
 fn worker_behind(stage: &mut Stage, name: &str, router: &str, nat: Nat) -> Result<Arc<Node>> {
@@ -174,6 +186,10 @@ impl Cast {
     fn node(&self, name: &str) -> Result<&Arc<Node>> {
         let everybody = self.workers.iter().chain([&self.plane.home]);
         everybody.into_iter().find(|node| node.name() == name).with_context(|| format!("nobody is called {name}"))
+    }
+
+    fn pairs(&self, story: &mut Story) -> Result<Vec<Pair>> {
+        PAIRS.iter().map(|pair| self.pair(story, pair)).collect()
     }
 
     fn pair(&self, story: &mut Story, (from, to, hope): &(&str, &str, Hope)) -> Result<Pair> {
@@ -270,8 +286,8 @@ impl Cast {
         let pingers = peers.map(|peer| Pinger::start(peer.host(), address, PING_EVERY));
         worker.kill()?;
         story.step("killed");
-        worker.up(&[])?;
         let started = Instant::now();
+        worker.up(&[])?;
         let mut returns = Vec::new();
         for (peer, pinger) in peers.iter().zip(pingers) {
             let reply = pinger?.reply_to_request_after(started, PATIENCE);

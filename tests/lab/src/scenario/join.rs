@@ -49,7 +49,8 @@ impl Join {
             Ok(pinger.first_reply(Duration::from_millis(100)).ok())
         });
         let replied = replied.with_context(|| format!("{} joins", worker.name()))?;
-        let peer = worker.status()?.peer("home").cloned().context("the joined node knows no home")?;
+        let status = worker.wait_until("knows home", REPLY_PATIENCE, |status| status.peer("home").is_some())?;
+        let peer = status.peer("home").cloned().context("the joined node knows no home")?;
         let first_path = peer.path;
         let (peer, direct_ms) = if hoped_for == Route::Direct {
             match worker.wait_for_path("home", Route::Direct, DIRECT_PATIENCE) {
@@ -72,13 +73,18 @@ impl Join {
     /// One sentence.
     pub(super) fn tell(&self) -> String {
         let ms = |value: f64| millis(Duration::from_secs_f64(value / 1e3));
-        let later = match (self.direct_ms, &self.reason) {
-            (Some(_), _) if self.first_path == Route::Direct => String::new(),
-            (Some(direct), _) => format!(", direct after {}", ms(direct)),
-            (None, Some(reason)) => format!(", {}: {reason}", self.path),
-            (None, None) => format!(", {}", self.path),
+        let later = match self.direct_ms {
+            Some(direct) if self.first_path != Route::Direct => format!(", direct after {}", ms(direct)),
+            None if self.first_path != self.path => format!(", then {}", self.path),
+            Some(_) | None => String::new(),
         };
-        format!("{} has a reply from home after {}, {}{later}", self.worker, ms(self.first_reply_ms), self.first_path)
+        let reason = self.reason.as_ref().map(|reason| format!(" ({reason})")).unwrap_or_default();
+        format!(
+            "{} has a reply from home after {}, {}{later}{reason}",
+            self.worker,
+            ms(self.first_reply_ms),
+            self.first_path
+        )
     }
 }
 

@@ -26,7 +26,7 @@ const GONE_PATIENCE: Duration = Duration::from_secs(5);
 
 pub(super) fn play(stage: &mut Stage, story: &mut Story, count: u32) -> Result<Value> {
     story.chapter("A home behind a port-restricted router, a relay, and nobody else");
-    let plane = stage.found(story)?;
+    let plane = stage.founders()?.found(story)?;
     let mut halves = Vec::new();
     for (nat, hoped_for) in [(Nat::PortRestricted, Route::Direct), (Nat::Symmetric, Route::Relayed)] {
         story.chapter(&format!("{count} machines join from behind a {nat} router"));

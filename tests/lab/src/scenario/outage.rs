@@ -31,7 +31,7 @@ struct Watch {
 
 pub(super) fn play(stage: &mut Stage, story: &mut Story, duration: Duration) -> Result<Value> {
     story.chapter("A control plane, a relay, and three workers");
-    let plane = stage.found(story)?;
+    let plane = stage.founders()?.found(story)?;
     let [a, b, public] = workers(stage)?;
     for worker in [&public, &a, &b] {
         let token = plane.home.create_token(1)?;
@@ -90,8 +90,8 @@ fn pass(time: Duration, since: Instant) {
 fn restart_meanwhile(story: &mut Story, a: &Node, watches: &[Watch]) -> Result<Instant> {
     story.step("worker-a is killed and started again, with home and relay still gone");
     a.kill()?;
-    a.up(&[])?;
     let started = Instant::now();
+    a.up(&[])?;
     for watch in watches.iter().filter(|watch| watch.from == "worker-a") {
         let claim = format!("worker-a finds {} again from its snapshot", watch.to);
         let back = wait::until(&claim, PATIENCE, Duration::ZERO, || {

@@ -73,22 +73,45 @@ impl Stage {
         self.hosts.iter().map(Host::name)
     }
 
-    /// A home behind a port-restricted router, a relay on a public host, and a network with both running.
-    pub(super) fn found(&mut self, story: &Story) -> Result<ControlPlane> {
+    /// A machine at home behind a port-restricted router, and a public one for the relay; nothing runs there yet.
+    pub(super) fn founders(&mut self) -> Result<Founders> {
         let (home, _router) = self.host_behind("home", "home-router", RouterSpec::default())?;
         let relay = self.public_host("relay")?;
-        let home = self.install(&home, "home")?;
-        let relay = self.install(&relay, "relay")?;
+        Ok(Founders { home: self.install(&home, "home")?, relay: self.install(&relay, "relay")? })
+    }
+
+    /// A table of all hosts and what stands before them.
+    pub(super) fn describe(&self) -> Vec<Vec<String>> {
+        let head = ["host", "address", "behind", "which is", "seen as"].map(str::to_owned).to_vec();
+        let row = |host: &Host| {
+            let router = host.router();
+            let behind = router.map_or("-", Router::name).to_owned();
+            let nat = router.map_or_else(|| "-".to_owned(), |router| router.nat().to_string());
+            vec![host.name().to_owned(), host.v4().to_string(), behind, nat, host.public_v4().to_string()]
+        };
+        [head].into_iter().chain(self.hosts.iter().map(row)).collect()
+    }
+}
+
+/// The machines on which a network begins.
+pub(super) struct Founders {
+    home: Arc<Node>,
+    relay: Arc<Node>,
+}
+
+impl Founders {
+    /// Makes a network and starts its control plane and its relay.
+    pub(super) fn found(self, story: &Story) -> Result<ControlPlane> {
+        let Self { home, relay } = self;
         let network = home.init()?;
         let relay_address = relay.relay_address(&network)?;
         story.step(&format!("home makes the network {}", shortened(&network)));
-        let home_v4 = Ipv4Addr::UNSPECIFIED;
-        let mut plane = ControlPlane { home, relay, home_v4, network, relay_address };
+        let mut plane = ControlPlane { home, relay, home_v4: Ipv4Addr::UNSPECIFIED, network, relay_address };
         let start = Instant::now();
         plane.start()?;
         plane.home_v4 = plane.home.mesh_v4()?;
         story.step(&format!(
-            "home is {} in the mesh and has its relay {} after its start",
+            "home is {} in the mesh and connected to the relay {} after its start",
             plane.home_v4,
             millis(start.elapsed())
         ));
