@@ -13,22 +13,34 @@
 //! | [`node`] | names, what a node says of itself, what it is allowed: records and approvals, signed |
 //! | [`network`] | the network's own document: CIDRs, relays, gateways |
 //! | [`token`] | join tokens: encoding, life, uses, name patterns |
-//! | [`ipam`] | who gets which mesh address |
-//! | [`admission`] | whether a join is accepted, and what it is granted |
-//! | [`plan`] | records and approvals to peers, allowed IPs, addresses and routes: one desired value |
-//! | [`peers`], [`kernel`] | diffs from the present state to the desired one, in a safe order |
+//! | [`admission`] | whether a join is accepted, and what it is granted: addresses, routes |
+//! | [`throttle`] | how long a source that keeps failing has to wait |
+//! | [`plan`] | records and approvals to peers, allowed IPs, addresses and routes: one desired value, and its diff |
+//! | [`kernel`] | links, addresses, routes and rules: the diff from the present state to the desired one |
 //! | [`allowed_ips`] | longest-prefix lookup |
 //! | [`path`] | which way a peer's packets go: relay first, then direct |
 //! | [`probe`] | the probe datagram, authenticated with a key that both ends derive |
 //! | [`relay`] | relay frames, fragments, quotas |
-//! | [`wire`] | what gateway, joiner and relay say to each other |
+//! | [`gateway`], [`wire`] | what node and gateway say to each other, and its framing |
 //! | [`mesh`] | the machine that composes the above for one node |
 
+pub mod admission;
+pub mod backoff;
+pub mod facts;
+pub mod gateway;
 pub mod io;
+pub mod kernel;
 pub mod key;
+pub mod mesh;
+pub mod network;
+pub mod node;
 pub mod path;
+pub mod plan;
 pub mod probe;
 pub mod relay;
+pub mod throttle;
+pub mod token;
+pub mod wire;
 
-pub use io::{DropReason, Via};
+pub use io::{DropReason, PeerConfig, PeerOp, Via};
 pub use key::{Identity, NodeId, PresharedKey, PrivateKey, PublicKey, Secret, Signature};

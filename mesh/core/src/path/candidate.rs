@@ -94,6 +94,25 @@ pub fn usable(addr: IpAddr, own: &[IpNet]) -> bool {
     !excluded && !own.iter().any(|net| net.contains(&addr))
 }
 
+/// At most `limit` of the candidates, one of each kind in turn, in the order of `kinds`: a node with twenty interfaces
+/// must not crowd out its one reflexive address.
+pub(crate) fn spread(candidates: &[Candidate], kinds: [CandidateKind; 3], limit: usize) -> Vec<Candidate> {
+    let mut queues = kinds.map(|kind| candidates.iter().filter(move |candidate| candidate.kind == kind));
+    let mut out: Vec<Candidate> = Vec::new();
+    loop {
+        let turn: Vec<_> = queues.iter_mut().filter_map(Iterator::next).copied().collect();
+        if turn.is_empty() || out.len() >= limit {
+            out.truncate(limit);
+            return out;
+        }
+        for candidate in turn {
+            if !out.iter().any(|other| other.addr == candidate.addr) {
+                out.push(candidate);
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -111,6 +130,17 @@ mod tests {
             let error = text.parse::<Candidate>().unwrap_err();
             assert!(error.to_string().contains("ADDRESS:PORT"), "{error}");
         }
+    }
+
+    #[test]
+    fn many_interfaces_do_not_crowd_out_the_reflexive_address() {
+        use CandidateKind::{Configured, Host, Reflexive};
+        let mut all: Vec<Candidate> = (0..20).map(|n| format!("host 10.0.0.{n}:1").parse().unwrap()).collect();
+        all.push("reflexive 203.0.113.1:1".parse().unwrap());
+        all.push("configured 203.0.113.1:1".parse().unwrap());
+        let some = spread(&all, [Reflexive, Host, Configured], 4);
+        let texts: Vec<_> = some.iter().map(Candidate::to_string).collect();
+        assert_eq!(texts, ["reflexive 203.0.113.1:1", "host 10.0.0.0:1", "host 10.0.0.1:1", "host 10.0.0.2:1"]);
     }
 
     #[test]

@@ -1,0 +1,695 @@
+//! The machine of one node: everything that is decided about its mesh, composed.
+//!
+//! ```text
+//!   registry ──── network, entries ──┐                          ┌── Peers, SetPath, StartHandshake ──> data plane
+//!   relays ────── up, observed ──────┤                          ├── Kernel ──────────────────────────> rtnetlink
+//!   kernel ────── own addresses ─────┼──> Mesh: plan, diff, ────┼── Relays ──────────────────────────> relay pool
+//!   data plane ── probes, demand, ───┤    one agent per peer    ├── SendProbe ───────────────────────> socket, relay
+//!                 counters           │                          ├── Publish ─────────────────────────> registry
+//!   clock ─────── now ───────────────┘                          └── Save ────────────────────────────> snapshot on disk
+//! ```
+//!
+//! The driver calls a `handle_*`, then drains [`Mesh::poll_output`] until it says [`Output::Timeout`] or
+//! [`Output::Idle`]. Losing the registry is no input: what is known stays in force.
+
+mod peer;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Instant;
+
+use ipnet::IpNet;
+
+use self::peer::{Peer, Way};
+use crate::io::{PeerConfig, PeerOp, Via};
+use crate::key::{NodeId, PrivateKey, PublicKey};
+use crate::network::Network;
+use crate::node::{Entry, MAX_ENDPOINTS, NodeName, NodeRecord};
+use crate::path::candidate::usable;
+use crate::path::{self, Candidate, CandidateKind, Nat, Observations, TimeoutReason};
+use crate::plan::{self, Plan};
+use crate::probe::{self, KeyHint, Unverified};
+use crate::relay::RelayAddr;
+
+/// Who this node is, and what does not change while it runs.
+#[derive(Clone, Debug)]
+pub struct Own {
+    /// Its identity.
+    pub identity: NodeId,
+    /// Its WireGuard key.
+    pub key: PrivateKey,
+    /// Its name; none for a node with plain peers alone, which publishes nothing.
+    pub name: Option<NodeName>,
+    /// Relays that it listens on while the network's document is not known yet: a joiner's, from its token.
+    pub relays: Vec<NodeId>,
+    /// MTU inside the mesh, bytes.
+    pub mtu: u16,
+    /// Networks behind this node for which it asks to be the way.
+    pub routes: Vec<IpNet>,
+    /// Addresses on the interface beside those of the network, for plain peers.
+    pub addresses: Vec<IpNet>,
+    /// Fresh randomness of this start of the daemon.
+    pub seed: [u8; 32],
+}
+
+/// What the driver is to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// Change the data plane's peers.
+    Peers(Vec<PeerOp>),
+    /// Make the interface's addresses and the mesh's routes so.
+    Kernel {
+        /// Addresses of the interface.
+        addresses: Vec<IpNet>,
+        /// What is reached through it.
+        routes: Vec<IpNet>,
+    },
+    /// Keep connections to these relays, and to no others.
+    Relays(Vec<RelayAddr>),
+    /// Send the peer's packets this way; none: nowhere.
+    SetPath {
+        /// The peer.
+        peer: PublicKey,
+        /// The way.
+        via: Option<Via>,
+    },
+    /// Begin a handshake at once: the peer may still use a session that this node has lost.
+    StartHandshake(PublicKey),
+    /// Send a datagram.
+    SendProbe {
+        /// The peer's identity, for relays.
+        to: Option<NodeId>,
+        /// Which way.
+        via: Via,
+        /// The datagram.
+        bytes: Vec<u8>,
+    },
+    /// Sign this and publish it. Its sequence number is to be set: higher than any before.
+    Publish(NodeRecord),
+    /// What is known changed: keep it on disk.
+    Save,
+    /// Drained. Call [`Mesh::handle_timeout`] then.
+    Timeout {
+        /// When.
+        at: Instant,
+        /// What for.
+        reason: TimeoutReason,
+    },
+    /// Drained. Nothing to do until the next input.
+    Idle,
+}
+
+/// What the data plane counted of one peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counters {
+    /// The peer.
+    pub peer: PublicKey,
+    /// Data packets sent so far.
+    pub sent: u64,
+    /// Authenticated data packets received so far.
+    pub received: u64,
+    /// Where the latest of them came from.
+    pub received_via: Option<Via>,
+}
+
+/// A peer for people and JSON.
+#[derive(Clone, Debug)]
+pub struct PeerStatus {
+    /// Its name.
+    pub name: String,
+    /// Its identity; none for a plain WireGuard peer.
+    pub identity: Option<NodeId>,
+    /// Its WireGuard key.
+    pub key: PublicKey,
+    /// Its mesh addresses.
+    pub addresses: Vec<IpNet>,
+    /// Networks behind it.
+    pub routes: Vec<IpNet>,
+    /// Its path.
+    pub path: path::Status,
+}
+
+/// What a restarted node does better for having: see [`Mesh::hints`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hint {
+    /// The peer.
+    pub peer: PublicKey,
+    /// Where it was last reached directly.
+    pub direct: Option<SocketAddr>,
+}
+
+/// Why a datagram that looked like a probe was dropped.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ProbeRefusal {
+    /// It does not decode or authenticate.
+    #[error(transparent)]
+    Bad(#[from] probe::ProbeError),
+    /// Nobody has the key that it names.
+    #[error("a probe of a node that is no peer")]
+    UnknownSender,
+    /// The relay names another sender than the one that made it.
+    #[error("a probe that a relay says is another node's")]
+    OtherSender,
+}
+
+/// The machine. See the [module](self).
+pub struct Mesh {
+    own: Own,
+
+    // --- what is known ---
+    network: Option<Network>,
+    entries: BTreeMap<NodeName, Entry>,
+    plain: BTreeMap<PublicKey, PeerConfig>,
+    /// Peers that had a session when this node was last heard of.
+    live: BTreeMap<PublicKey, Option<SocketAddr>>,
+
+    // --- where this node is ---
+    host: Vec<SocketAddr>,
+    configured: Vec<SocketAddr>,
+    observations: Observations,
+    relays_up: BTreeSet<NodeId>,
+
+    // --- what follows ---
+    plan: Plan,
+    path_config: Arc<path::Config>,
+    local: Arc<[Candidate]>,
+    peers: BTreeMap<PublicKey, Peer>,
+    by_hint: BTreeMap<KeyHint, PublicKey>,
+    deadlines: BTreeSet<(Instant, PublicKey)>,
+    published: Option<NodeRecord>,
+    relays_told: Vec<RelayAddr>,
+    kernel_told: Option<(Vec<IpNet>, Vec<IpNet>)>,
+    outputs: VecDeque<Output>,
+    agents_made: u64,
+}
+
+impl Mesh {
+    /// A node that knows nobody yet.
+    pub fn new(own: Own) -> Self {
+        let path_config = path::Config {
+            own: KeyHint::of(&own.key.public_key()),
+            full_size: probe::full_size(own.mtu),
+            excluded: own.addresses.clone(),
+        };
+        Self {
+            own,
+            network: None,
+            entries: BTreeMap::new(),
+            plain: BTreeMap::new(),
+            live: BTreeMap::new(),
+            host: Vec::new(),
+            configured: Vec::new(),
+            observations: Observations::default(),
+            relays_up: BTreeSet::new(),
+            plan: Plan::default(),
+            path_config: Arc::new(path_config),
+            local: Arc::new([]),
+            peers: BTreeMap::new(),
+            by_hint: BTreeMap::new(),
+            deadlines: BTreeSet::new(),
+            published: None,
+            relays_told: Vec::new(),
+            kernel_told: None,
+            outputs: VecDeque::new(),
+            agents_made: 0,
+        }
+    }
+
+    // --- inputs: what is known ---
+
+    /// Peers that had a session before a restart, with where they were reached: they are called at once.
+    pub fn handle_hints(&mut self, hints: impl IntoIterator<Item = Hint>) {
+        self.live = hints.into_iter().map(|hint| (hint.peer, hint.direct)).collect();
+    }
+
+    /// A plain WireGuard peer from the configuration.
+    pub fn handle_plain_peer(&mut self, name: String, config: PeerConfig, endpoint: Option<SocketAddr>, now: Instant) {
+        let key = config.key;
+        match self.peers.get_mut(&key) {
+            Some(Peer { way: Way::Plain(path), .. }) => path.set_endpoint(endpoint),
+            Some(_) => return,
+            None => {
+                self.plain.insert(key, config.clone());
+                self.peers.insert(key, Peer::plain(name, config.clone(), endpoint));
+                self.outputs.push_back(Output::Peers(vec![PeerOp::Set(config)]));
+                self.tell_kernel();
+            }
+        }
+        self.drain(key, now);
+    }
+
+    /// Everything that the registry knows; what it does not name is gone.
+    pub fn handle_snapshot(&mut self, network: Network, entries: impl IntoIterator<Item = Entry>, now: Instant) {
+        self.entries = entries.into_iter().map(|entry| (entry.name().clone(), entry)).collect();
+        self.set_network(network);
+        self.replan(now);
+    }
+
+    /// A node came or changed.
+    pub fn handle_entry(&mut self, entry: Entry, now: Instant) {
+        let name = entry.name().clone();
+        let older = |known: &Entry| {
+            let (known_seq, seq) = (known.record.get().seq, entry.record.get().seq);
+            known.record.get().identity == entry.record.get().identity && known_seq > seq
+        };
+        if self.entries.get(&name).is_some_and(older) {
+            return;
+        }
+        if self.entries.insert(name.clone(), entry).as_ref() != self.entries.get(&name) {
+            self.replan(now);
+        }
+    }
+
+    /// A node went.
+    pub fn handle_removed(&mut self, name: &NodeName, now: Instant) {
+        if self.entries.remove(name).is_some() {
+            self.replan(now);
+        }
+    }
+
+    /// The network's document changed.
+    pub fn handle_network(&mut self, network: Network, now: Instant) {
+        if self.network.as_ref().is_some_and(|known| known.serial > network.serial) {
+            return;
+        }
+        self.set_network(network);
+        self.replan(now);
+    }
+
+    // --- inputs: where this node is ---
+
+    /// The host's own addresses, with the port of the socket.
+    pub fn handle_host_addresses(&mut self, addresses: Vec<SocketAddr>, now: Instant) {
+        if self.host == addresses {
+            return;
+        }
+        let first = self.host.is_empty();
+        self.host = addresses;
+        if !first {
+            // What others saw belonged to the old addresses.
+            self.observations.clear();
+        }
+        self.relocate(now);
+        if !first {
+            self.each_agent(now, |agent, now| agent.handle_network_changed(now));
+        }
+    }
+
+    /// Addresses that the administrator gave.
+    pub fn handle_configured_addresses(&mut self, addresses: Vec<SocketAddr>, now: Instant) {
+        if self.configured != addresses {
+            self.configured = addresses;
+            self.relocate(now);
+        }
+    }
+
+    /// A relay is connected, or not any more.
+    pub fn handle_relay(&mut self, relay: NodeId, up: bool, now: Instant) {
+        let changed = if up { self.relays_up.insert(relay) } else { self.relays_up.remove(&relay) };
+        if changed {
+            let keys: Vec<PublicKey> = self.peers.keys().copied().collect();
+            for key in keys {
+                self.set_relays(key, now);
+                self.drain(key, now);
+            }
+        }
+    }
+
+    /// `observer` (where we send to) sees this node's socket at `seen`.
+    pub fn handle_observed(&mut self, observer: SocketAddr, seen: SocketAddr, now: Instant) {
+        if self.observations.record(observer, seen) {
+            self.relocate(now);
+        }
+    }
+
+    // --- inputs: the data plane ---
+
+    /// A datagram that looks like a probe. `from`: the identity that a relay names as its sender.
+    pub fn handle_probe(
+        &mut self,
+        via: Via,
+        from: Option<NodeId>,
+        datagram: &[u8],
+        now: Instant,
+    ) -> Result<(), ProbeRefusal> {
+        let unverified = Unverified::parse(datagram)?;
+        let key = self.by_hint.get(&unverified.sender()).copied().ok_or(ProbeRefusal::UnknownSender)?;
+        let Some(peer) = self.peers.get_mut(&key) else { return Ok(()) };
+        // A relay that names another sender than the one that authenticates has mixed something up.
+        if from.is_some() && from != peer.config.identity {
+            return Err(ProbeRefusal::OtherSender);
+        }
+        let probe_key = peer.probe_key(&self.own.key).ok_or(ProbeRefusal::UnknownSender)?;
+        let probe = unverified.verify(probe_key)?;
+        if let Way::Agent(agent) = &mut peer.way {
+            agent.handle_probe(via, &probe, datagram.len(), now);
+        }
+        self.drain(key, now);
+        Ok(())
+    }
+
+    /// A packet wants to go to a peer that has no path or no session.
+    pub fn handle_demand(&mut self, peer: &PublicKey, now: Instant) {
+        if let Some(Peer { way: Way::Agent(agent), wanted, .. }) = self.peers.get_mut(peer) {
+            *wanted = true;
+            agent.handle_demand(now);
+        }
+        self.drain(*peer, now);
+    }
+
+    /// An authenticated packet came another way than packets go.
+    pub fn handle_roamed(&mut self, peer: &PublicKey, via: Via, now: Instant) {
+        match self.peers.get_mut(peer).map(|peer| &mut peer.way) {
+            Some(Way::Agent(agent)) => agent.handle_received(via, now),
+            Some(Way::Plain(path)) => path.handle_received(via),
+            None => return,
+        }
+        self.drain(*peer, now);
+    }
+
+    /// A session was established. Peers with one are called at once after a restart.
+    pub fn handle_session(&mut self, peer: &PublicKey) {
+        let hint = self.peers.get(peer).and_then(Peer::direct);
+        if self.peers.contains_key(peer) && self.live.insert(*peer, hint) != Some(hint) {
+            self.outputs.push_back(Output::Save);
+        }
+    }
+
+    /// What the data plane counted; to be sampled every 250 ms while [`Mesh::is_active`], else every second.
+    pub fn handle_counters(&mut self, counters: &[Counters], now: Instant) {
+        for counter in counters {
+            let Some(peer) = self.peers.get_mut(&counter.peer) else { continue };
+            let received = counter.received > peer.received;
+            let sent = counter.sent > peer.sent;
+            (peer.received, peer.sent) = (counter.received, counter.sent);
+            match &mut peer.way {
+                Way::Agent(agent) => {
+                    if let (true, Some(via)) = (received, counter.received_via) {
+                        agent.handle_received(via, now);
+                    }
+                    if sent {
+                        agent.handle_sent(now);
+                    }
+                }
+                Way::Plain(_) => continue,
+            }
+            if received || sent {
+                self.drain(counter.peer, now);
+            }
+        }
+    }
+
+    /// The time that [`Output::Timeout`] named has come.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        while let Some(&(at, key)) = self.deadlines.first() {
+            if at > now {
+                break;
+            }
+            self.drain(key, now);
+            // An agent that is due again at once would hold up the others; it is served in the next call.
+            if self.deadlines.first() == Some(&(at, key)) {
+                break;
+            }
+        }
+    }
+
+    // --- outputs ---
+
+    /// What is to be done. Ends with [`Output::Timeout`] or [`Output::Idle`].
+    pub fn poll_output(&mut self, now: Instant) -> Output {
+        if let Some(output) = self.outputs.pop_front() {
+            return output;
+        }
+        match self.deadlines.first() {
+            Some(&(at, key)) => {
+                let reason = self.peers.get(&key).map_or(TimeoutReason::Idle, |peer| peer.deadline_reason);
+                Output::Timeout { at: at.max(now), reason }
+            }
+            None => Output::Idle,
+        }
+    }
+
+    /// Whether any peer has traffic or is being connected to.
+    pub fn is_active(&self) -> bool {
+        !self.deadlines.is_empty()
+    }
+
+    /// Every peer, by name.
+    pub fn peers(&self, now: Instant) -> Vec<PeerStatus> {
+        let mut peers: Vec<_> = self.peers.iter().map(|(key, peer)| peer.status(*key, &self.plan, now)).collect();
+        peers.sort_by(|a, b| a.name.cmp(&b.name));
+        peers
+    }
+
+    /// The key of a peer by name.
+    pub fn peer_named(&self, name: &str) -> Option<PublicKey> {
+        self.peers.iter().find(|(_, peer)| peer.name == name).map(|(key, _)| *key)
+    }
+
+    /// This node's mesh addresses.
+    pub fn addresses(&self) -> Vec<IpNet> {
+        self.plan.addresses.iter().chain(&self.own.addresses).copied().collect()
+    }
+
+    /// Where this node may be reached, and its NAT.
+    pub fn location(&self) -> (&[Candidate], Nat) {
+        (&self.local, self.observations.nat(&self.host))
+    }
+
+    /// What is left out of the plan, and why.
+    pub fn faults(&self) -> &[plan::Fault] {
+        &self.plan.faults
+    }
+
+    /// What a snapshot keeps of the registry.
+    pub fn known(&self) -> (Option<&Network>, impl Iterator<Item = &Entry>) {
+        (self.network.as_ref(), self.entries.values())
+    }
+
+    /// What a snapshot keeps of the peers.
+    pub fn hints(&self) -> Vec<Hint> {
+        let direct = |key: &PublicKey, old: Option<SocketAddr>| self.peers.get(key).and_then(Peer::direct).or(old);
+        self.live.iter().map(|(key, old)| Hint { peer: *key, direct: direct(key, *old) }).collect()
+    }
+
+    // --- how it follows ---
+
+    fn set_network(&mut self, network: Network) {
+        let excluded = network.prefixes().into_iter().chain(self.own.addresses.iter().copied()).collect();
+        self.path_config = Arc::new(path::Config { excluded, ..path::Config::clone(&self.path_config) });
+        if self.relays_told != network.relays {
+            self.relays_told.clone_from(&network.relays);
+            self.outputs.push_back(Output::Relays(network.relays.clone()));
+        }
+        self.network = Some(network);
+    }
+
+    fn replan(&mut self, now: Instant) {
+        let Some(network) = &self.network else { return };
+        let before: BTreeMap<PublicKey, PeerConfig> = self
+            .peers
+            .iter()
+            .filter(|(_, peer)| peer.is_member())
+            .map(|(key, peer)| (*key, peer.config.clone()))
+            .collect();
+        self.plan = plan::plan(self.own.identity, network, &self.entries);
+        let after = self.plan.members.iter().map(|(key, member)| (*key, member.config.clone())).collect();
+        let ops = plan::diff(&before, &after);
+        for op in &ops {
+            match op {
+                PeerOp::Remove(key) => self.forget(key),
+                PeerOp::Set(config) => self.adopt(config.clone(), now),
+            }
+        }
+        if !ops.is_empty() {
+            self.outputs.push_back(Output::Peers(ops));
+        }
+        self.tell_kernel();
+        self.refresh_members(now);
+        self.relocate(now);
+        self.outputs.push_back(Output::Save);
+    }
+
+    fn forget(&mut self, key: &PublicKey) {
+        if let Some(peer) = self.peers.remove(key) {
+            self.by_hint.remove(&KeyHint::of(key));
+            self.live.remove(key);
+            if let Some(at) = peer.deadline {
+                self.deadlines.remove(&(at, *key));
+            }
+        }
+    }
+
+    fn adopt(&mut self, config: PeerConfig, now: Instant) {
+        let key = config.key;
+        if let Some(peer) = self.peers.get_mut(&key) {
+            peer.config = config;
+            return;
+        }
+        let mut agent = path::PathAgent::new(self.path_config.clone(), self.fresh_seed());
+        agent.set_local(self.local.clone(), now);
+        if let Some(Some(direct)) = self.live.get(&key) {
+            agent.set_hint(Via::Direct(*direct));
+        }
+        let control_plane = self.network.as_ref().map(|network| network.id);
+        let called = self.live.contains_key(&key) || config.identity == control_plane;
+        self.by_hint.insert(KeyHint::of(&key), key);
+        self.peers.insert(key, Peer::member(config, agent, called));
+    }
+
+    /// Gives every member's agent what its record says.
+    fn refresh_members(&mut self, now: Instant) {
+        let control_plane = self.network.as_ref().map(|network| network.id);
+        let keys: Vec<PublicKey> = self.plan.members.keys().copied().collect();
+        for key in keys {
+            let (Some(member), Some(peer)) = (self.plan.members.get(&key), self.peers.get_mut(&key)) else { continue };
+            peer.name = member.name.to_string();
+            if let Way::Agent(agent) = &mut peer.way {
+                agent.set_config(self.path_config.clone());
+                agent.set_remote(&member.candidates, now);
+            }
+            self.set_relays(key, now);
+            if let Some(Peer { way: Way::Agent(agent), config, wanted, fresh, .. }) = self.peers.get_mut(&key)
+                && std::mem::take(fresh)
+            {
+                if config.identity == control_plane {
+                    agent.set_eager(true, now);
+                } else if *wanted {
+                    agent.handle_demand(now);
+                }
+            }
+            self.drain(key, now);
+        }
+    }
+
+    fn set_relays(&mut self, key: PublicKey, now: Instant) {
+        let Some(member) = self.plan.members.get(&key) else { return };
+        let common: Vec<NodeId> = member.relays.iter().filter(|id| self.relays_up.contains(id)).copied().collect();
+        if let Some(Peer { way: Way::Agent(agent), .. }) = self.peers.get_mut(&key) {
+            agent.set_relays(&common, now);
+        }
+    }
+
+    /// Computes where this node may be reached and says so, to the agents and to the registry.
+    fn relocate(&mut self, now: Instant) {
+        let own_prefixes = &self.path_config.excluded;
+        let of = |kind: CandidateKind, addrs: &[SocketAddr]| -> Vec<Candidate> {
+            let usable = addrs.iter().filter(|addr| usable(addr.ip(), own_prefixes));
+            usable.map(|addr| Candidate { kind, addr: *addr }).collect()
+        };
+        let mut local: Vec<Candidate> = of(CandidateKind::Configured, &self.configured);
+        for candidate in of(CandidateKind::Host, &self.host)
+            .into_iter()
+            .chain(of(CandidateKind::Reflexive, &self.observations.reflexive()))
+        {
+            if !local.iter().any(|other| other.addr == candidate.addr) {
+                local.push(candidate);
+            }
+        }
+        let kinds = [CandidateKind::Configured, CandidateKind::Reflexive, CandidateKind::Host];
+        let local = path::candidate::spread(&local, kinds, MAX_ENDPOINTS);
+        if *self.local != *local {
+            self.local = local.into();
+            let local = self.local.clone();
+            self.each_agent(now, move |agent, now| agent.set_local(local.clone(), now));
+        }
+        self.publish();
+    }
+
+    fn publish(&mut self) {
+        let Some(name) = &self.own.name else { return };
+        let relays = match &self.network {
+            Some(network) => network.relays.iter().map(|relay| relay.id).collect(),
+            None => self.own.relays.clone(),
+        };
+        let record = NodeRecord {
+            name: name.clone(),
+            identity: self.own.identity,
+            public_key: self.own.key.public_key(),
+            endpoints: self.local.to_vec(),
+            nat: self.observations.nat(&self.host),
+            relays,
+            routes: self.own.routes.clone(),
+            seq: 0,
+        };
+        if self.published.as_ref() != Some(&record) {
+            self.published = Some(record.clone());
+            self.outputs.push_back(Output::Publish(record));
+        }
+    }
+
+    fn tell_kernel(&mut self) {
+        let plain = self.plain.values().flat_map(|config| &config.allowed_ips).copied();
+        let mut routes: Vec<IpNet> = self.plan.routes().chain(plain).collect();
+        routes.sort_unstable();
+        routes.dedup();
+        let told = (self.addresses(), routes);
+        if self.kernel_told.as_ref() != Some(&told) {
+            self.kernel_told = Some(told.clone());
+            self.outputs.push_back(Output::Kernel { addresses: told.0, routes: told.1 });
+        }
+    }
+
+    fn each_agent(&mut self, now: Instant, act: impl Fn(&mut path::PathAgent, Instant)) {
+        let keys: Vec<PublicKey> = self.peers.keys().copied().collect();
+        for key in keys {
+            if let Some(Peer { way: Way::Agent(agent), .. }) = self.peers.get_mut(&key) {
+                act(agent, now);
+            }
+            self.drain(key, now);
+        }
+    }
+
+    /// Turns what a peer's path wants into outputs.
+    fn drain(&mut self, key: PublicKey, now: Instant) {
+        let Some(peer) = self.peers.get_mut(&key) else { return };
+        if let Some(at) = peer.deadline.take() {
+            self.deadlines.remove(&(at, key));
+        }
+        loop {
+            match peer.poll(now) {
+                path::Output::Send { via, probe, len } => {
+                    let to = peer.config.identity;
+                    if let Some(probe_key) = peer.probe_key(&self.own.key) {
+                        let bytes = probe.encode(probe_key, len);
+                        self.outputs.push_back(Output::SendProbe { to, via, bytes });
+                    }
+                }
+                path::Output::Select(via) => {
+                    self.outputs.push_back(Output::SetPath { peer: key, via });
+                    // Without a path the handshake's first message was lost, and its next is seconds away.
+                    if via.is_some() && peer.wants_handshake() {
+                        self.outputs.push_back(Output::StartHandshake(key));
+                    }
+                    peer.selected = via;
+                }
+                path::Output::Timeout { at, reason } => {
+                    peer.deadline = Some(at);
+                    peer.deadline_reason = reason;
+                    self.deadlines.insert((at, key));
+                    return;
+                }
+                path::Output::Idle => return,
+            }
+        }
+    }
+
+    /// Agents must not share transaction ids, nor reuse those of an earlier start.
+    fn fresh_seed(&mut self) -> [u8; 16] {
+        self.agents_made += 1;
+        let key = hkdf::Hkdf::<sha2::Sha256>::new(None, &self.own.seed);
+        let mut seed = [0; 16];
+        key.expand_multi_info(&[b"keystone-mesh 1 path", &self.agents_made.to_be_bytes()], &mut seed)
+            .expect("16 bytes are within HKDF-SHA256's limit of 255 blocks");
+        seed
+    }
+}
+
+/// The socket addresses that a host's addresses make with the mesh's port.
+pub fn with_port(addresses: impl IntoIterator<Item = IpAddr>, port: u16) -> Vec<SocketAddr> {
+    addresses.into_iter().map(|ip| SocketAddr::new(ip, port)).collect()
+}
+
+#[cfg(test)]
+mod tests;

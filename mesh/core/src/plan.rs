@@ -1,0 +1,288 @@
+//! From what is known to what is wanted: every record and approval becomes peers, addresses and routes.
+//!
+//! A pure function of the network's document and the entries. A node whose entry has a fault is left out, with the
+//! fault told; it never stops the others.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use crate::admission::overlap;
+use crate::io::{PeerConfig, PeerOp};
+use crate::key::{NodeId, PublicKey};
+use crate::network::Network;
+use crate::node::{Entry, NodeName};
+use crate::path::Candidate;
+use crate::path::candidate::usable;
+
+/// A peer that may be spoken to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// Its name.
+    pub name: NodeName,
+    /// Its mesh addresses.
+    pub addresses: Vec<IpNet>,
+    /// Networks behind it.
+    pub routes: Vec<IpNet>,
+    /// Where it may be reached, without addresses that must never be tried.
+    pub candidates: Vec<Candidate>,
+    /// Relays that it listens on.
+    pub relays: Vec<NodeId>,
+    /// What the data plane needs.
+    pub config: PeerConfig,
+}
+
+/// Why (a part of) a node is left out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// No valid approval for this name and identity.
+    NotApproved {
+        /// The node.
+        name: NodeName,
+    },
+    /// Two nodes with one WireGuard key.
+    SharedKey {
+        /// The node that is left out.
+        name: NodeName,
+        /// The node that has the key.
+        other: NodeName,
+    },
+    /// Two nodes with overlapping networks.
+    Overlap {
+        /// The node that goes without `net`.
+        name: NodeName,
+        /// The network.
+        net: IpNet,
+        /// The node that has `taken`.
+        other: NodeName,
+        /// The network that it overlaps.
+        taken: IpNet,
+    },
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotApproved { name } => write!(f, "node `{name}` is not approved for its identity; it is left out"),
+            Self::SharedKey { name, other } => {
+                write!(f, "node `{name}` shows the WireGuard key of `{other}`; it is left out")
+            }
+            Self::Overlap { name, net, other, taken } => {
+                write!(f, "{net} of node `{name}` overlaps {taken} of `{other}`; it is left out")
+            }
+        }
+    }
+}
+
+/// What is wanted.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// This node's mesh addresses.
+    pub addresses: Vec<IpNet>,
+    /// Every peer that may be spoken to.
+    pub members: BTreeMap<PublicKey, Member>,
+    /// What is left out, and why.
+    pub faults: Vec<Fault>,
+}
+
+impl Plan {
+    /// What the kernel must send into the mesh: the mesh itself is reached by address, networks behind nodes by route.
+    pub fn routes(&self) -> impl Iterator<Item = IpNet> + '_ {
+        self.members.values().flat_map(|member| &member.config.allowed_ips).copied()
+    }
+}
+
+/// Computes what is wanted of node `me`.
+pub fn plan(me: NodeId, network: &Network, entries: &BTreeMap<NodeName, Entry>) -> Plan {
+    let mut plan = Plan::default();
+    let mut claims = Claims::default();
+    let own_prefixes = network.prefixes();
+    for (name, entry) in entries {
+        let Some(approval) = entry.approved(network.id) else {
+            plan.faults.push(Fault::NotApproved { name: name.clone() });
+            continue;
+        };
+        let record = entry.record.get();
+        let mut granted = Vec::with_capacity(approval.addresses.len() + approval.routes.len());
+        for &net in approval.addresses.iter().chain(&approval.routes) {
+            match claims.claim(net, name) {
+                Ok(()) => granted.push(net),
+                Err((other, taken)) => plan.faults.push(Fault::Overlap { name: name.clone(), net, other, taken }),
+            }
+        }
+        if record.identity == me {
+            plan.addresses.clone_from(&approval.addresses);
+            continue;
+        }
+        if let Some(other) = plan.members.get(&record.public_key) {
+            plan.faults.push(Fault::SharedKey { name: name.clone(), other: other.name.clone() });
+            continue;
+        }
+        let of = |kind: &[IpNet]| granted.iter().filter(|net| kind.contains(net)).copied().collect();
+        let candidates = record.endpoints.iter().filter(|c| usable(c.addr.ip(), &own_prefixes)).copied().collect();
+        let member = Member {
+            name: name.clone(),
+            addresses: of(&approval.addresses),
+            routes: of(&approval.routes),
+            candidates,
+            relays: record.relays.clone(),
+            config: PeerConfig {
+                key: record.public_key,
+                identity: Some(record.identity),
+                preshared_key: None,
+                persistent_keepalive: None,
+                allowed_ips: granted,
+            },
+        };
+        plan.members.insert(record.public_key, member);
+    }
+    plan
+}
+
+/// Changes that lead from one set of peers to another. Removals come first, so that a network can move from one peer
+/// to another within one application.
+pub fn diff(old: &BTreeMap<PublicKey, PeerConfig>, new: &BTreeMap<PublicKey, PeerConfig>) -> Vec<PeerOp> {
+    let removed = old.keys().filter(|key| !new.contains_key(key)).map(|key| PeerOp::Remove(*key));
+    let set = new.iter().filter(|(key, config)| old.get(key) != Some(config)).map(|(_, c)| PeerOp::Set(c.clone()));
+    removed.chain(set).collect()
+}
+
+/// Disjoint networks and who has them, by first address.
+#[derive(Debug, Default)]
+struct Claims<'a> {
+    nets: BTreeMap<(bool, u128), (IpNet, &'a NodeName)>,
+}
+
+impl<'a> Claims<'a> {
+    /// Takes a network, or names whom it would be taken from. Networks already taken are disjoint, so only the
+    /// nearest one below and the nearest one above can overlap.
+    fn claim(&mut self, net: IpNet, owner: &'a NodeName) -> Result<(), (NodeName, IpNet)> {
+        let start = position(net);
+        let below = self.nets.range(..=start).next_back();
+        let above = self.nets.range(start..).next();
+        for (_, (taken, other)) in below.into_iter().chain(above) {
+            if overlap(net, *taken) {
+                return Err(((*other).clone(), *taken));
+            }
+        }
+        self.nets.insert(start, (net, owner));
+        Ok(())
+    }
+}
+
+fn position(net: IpNet) -> (bool, u128) {
+    match net.network() {
+        IpAddr::V4(v4) => (false, u128::from(u32::from(v4))),
+        IpAddr::V6(v6) => (true, u128::from(v6)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::network::tests::network;
+    use crate::node::tests::{entry, record, secret};
+
+    fn entries(list: Vec<Entry>) -> BTreeMap<NodeName, Entry> {
+        list.into_iter().map(|entry| (entry.name().clone(), entry)).collect()
+    }
+
+    fn planned(list: Vec<Entry>) -> Plan {
+        plan(secret(2).identity().id(), &network(1), &entries(list))
+    }
+
+    #[test]
+    fn approved_nodes_become_peers_and_the_own_entry_becomes_addresses() {
+        let plan = planned(vec![
+            entry(1, 1, "home", "10.98.0.1/32", &["10.42.0.0/24"]),
+            entry(1, 2, "me", "10.98.0.2/32", &[]),
+        ]);
+        assert_eq!(plan.addresses, ["10.98.0.2/32".parse().unwrap()]);
+        let home = &plan.members[&secret(1).wireguard(0).public_key()];
+        assert_eq!(home.config.allowed_ips.len(), 2);
+        assert_eq!(plan.routes().count(), 2);
+        assert!(plan.faults.is_empty());
+    }
+
+    #[test]
+    fn nobody_is_used_without_an_approval_of_this_network() {
+        let unapproved = Entry { record: record(3, "x").sign(&secret(3).identity()), approval: None };
+        let foreign = entry(9, 4, "y", "10.98.0.4/32", &[]);
+        let plan = planned(vec![unapproved, foreign, entry(1, 5, "z", "10.98.0.5/32", &[])]);
+        assert_eq!(plan.members.len(), 1);
+        assert_eq!(plan.faults.len(), 2);
+    }
+
+    #[test]
+    fn overlaps_name_both_sides_and_stop_only_the_later_one() {
+        let plan = planned(vec![
+            entry(1, 3, "a", "10.98.0.3/32", &["10.42.0.0/16"]),
+            entry(1, 4, "b", "10.98.0.4/32", &["10.42.7.0/24", "10.43.0.0/24"]),
+        ]);
+        assert_eq!(plan.faults.len(), 1);
+        let text = plan.faults[0].to_string();
+        assert!(text.contains("10.42.7.0/24 of node `b`") && text.contains("10.42.0.0/16 of `a`"), "{text}");
+        let b = &plan.members[&secret(4).wireguard(0).public_key()];
+        assert_eq!(b.routes, ["10.43.0.0/24".parse().unwrap()]);
+    }
+
+    #[test]
+    fn a_stolen_wireguard_key_does_not_displace_its_owner() {
+        let mut thief = record(4, "b");
+        thief.public_key = record(3, "a").public_key;
+        let thief = Entry { record: thief.sign(&secret(4).identity()), ..entry(1, 4, "b", "10.98.0.4/32", &[]) };
+        let plan = planned(vec![entry(1, 3, "a", "10.98.0.3/32", &[]), thief]);
+        assert_eq!(plan.members.len(), 1);
+        assert!(matches!(plan.faults[..], [Fault::SharedKey { .. }]));
+    }
+
+    #[test]
+    fn addresses_inside_the_mesh_are_never_candidates() {
+        let mut own = record(3, "a");
+        own.endpoints = vec!["host 10.98.0.3:51840".parse().unwrap(), "host 192.0.2.3:51840".parse().unwrap()];
+        let own = Entry { record: own.sign(&secret(3).identity()), ..entry(1, 3, "a", "10.98.0.3/32", &[]) };
+        let plan = planned(vec![own]);
+        let member = plan.members.values().next().unwrap();
+        assert_eq!(member.candidates, ["host 192.0.2.3:51840".parse().unwrap()]);
+    }
+
+    proptest! {
+        #[test]
+        fn claims_agree_with_comparing_every_pair(nets in proptest::collection::vec((0_u32..16, 24_u8..=32), 0..30)) {
+            let names: Vec<NodeName> = (0..nets.len()).map(|i| format!("n{i}").parse().unwrap()).collect();
+            let mut claims = Claims::default();
+            let mut taken: Vec<IpNet> = Vec::new();
+            for (i, (third, len)) in nets.into_iter().enumerate() {
+                let address = std::net::Ipv4Addr::from(0x0a00_0000 | (third << 6));
+                let net = IpNet::new(address.into(), len).unwrap().trunc();
+                let free = taken.iter().all(|other| !overlap(net, *other));
+                prop_assert_eq!(claims.claim(net, &names[i]).is_ok(), free);
+                if free { taken.push(net); }
+            }
+        }
+
+        #[test]
+        fn applying_a_diff_gives_the_wanted_peers(old in 0_u8..32, new in 0_u8..32, changed in 0_u8..32) {
+            let config = |i: u8, keepalive| PeerConfig {
+                key: PublicKey::from_bytes([i; 32]), identity: None, preshared_key: None,
+                persistent_keepalive: keepalive, allowed_ips: vec![],
+            };
+            let set = |bits: u8, changed: u8| (0..5).filter(|i| bits & (1 << i) != 0)
+                .map(|i| (PublicKey::from_bytes([i; 32]), config(i, (changed & (1 << i) != 0).then_some(25)))).collect::<BTreeMap<_, _>>();
+            let (old, new) = (set(old, 0), set(new, changed));
+            let mut state = old.clone();
+            for op in diff(&old, &new) {
+                match op {
+                    PeerOp::Set(config) => drop(state.insert(config.key, config)),
+                    PeerOp::Remove(key) => drop(state.remove(&key)),
+                }
+            }
+            prop_assert_eq!(&state, &new);
+            prop_assert!(diff(&new, &new).is_empty());
+        }
+    }
+}

@@ -1,0 +1,348 @@
+//! The daemon's configuration: one TOML file, environment variables and flags.
+//!
+//! A flag wins over its environment variable, that over the file, and the file over the default. `keystone-mesh up
+//! --help` and `docs/configuration.md` describe every field; a test holds the page to this file.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, bail};
+use clap::Args;
+use ipnet::IpNet;
+use keystone_mesh_core::node::NodeName;
+use keystone_mesh_core::relay::address::{HostPort, RelayAddr};
+use keystone_mesh_core::{PeerConfig, PresharedKey, PrivateKey, PublicKey};
+use serde::{Deserialize, Serialize};
+
+/// Default UDP port. 51820, 51821, 51871 and 8472 belong to WireGuard, flannel, Cilium and VXLAN.
+pub const DEFAULT_PORT: u16 = 51840;
+/// Default interface.
+pub const DEFAULT_INTERFACE: &str = "ksmesh0";
+/// Default MTU inside the mesh: IPv6's minimum (RFC 8200), which with WireGuard, UDP and IP around it passes every
+/// underlay from 1360 bytes up.
+pub const DEFAULT_MTU: u16 = 1280;
+
+/// Where state and control socket are; every command takes these.
+#[derive(Args, Clone, Debug)]
+pub struct Places {
+    /// Directory of the node's secret and state (0700)
+    #[arg(
+        long,
+        env = "KEYSTONE_MESH_STATE_DIR",
+        default_value = "/var/lib/keystone-mesh",
+        value_name = "DIR",
+        global = true
+    )]
+    pub state_dir: PathBuf,
+    /// Directory of the daemon's control socket
+    #[arg(
+        long,
+        env = "KEYSTONE_MESH_RUN_DIR",
+        default_value = "/run/keystone-mesh",
+        value_name = "DIR",
+        global = true
+    )]
+    pub run_dir: PathBuf,
+}
+
+impl Places {
+    /// The daemon's control socket.
+    pub fn socket(&self) -> PathBuf {
+        self.run_dir.join("control.sock")
+    }
+}
+
+/// The fields of the configuration as flags and as TOML, each optional: what is not given falls to the next source.
+#[derive(Args, Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Options {
+    /// This node's name in the mesh, a Kubernetes Node name [default: the host name]
+    #[arg(long, env = "KEYSTONE_MESH_NAME", value_name = "NAME")]
+    pub name: Option<NodeName>,
+    /// Name of the TUN interface, at most 15 characters [default: ksmesh0]
+    #[arg(long, env = "KEYSTONE_MESH_INTERFACE", value_name = "IF")]
+    pub interface: Option<String>,
+    /// Address to bind; `::` takes IPv4 and IPv6 [default: ::]
+    #[arg(long, env = "KEYSTONE_MESH_LISTEN_ADDRESS", value_name = "ADDRESS")]
+    pub listen_address: Option<IpAddr>,
+    /// UDP port of WireGuard, relay, gateway and probes; 0 lets the system choose [default: 51840]
+    #[arg(long, env = "KEYSTONE_MESH_LISTEN_PORT", value_name = "PORT")]
+    pub listen_port: Option<u16>,
+    /// MTU of the interface, 1280 to 65503 [default: 1280]
+    #[arg(long, env = "KEYSTONE_MESH_MTU", value_name = "BYTES")]
+    pub mtu: Option<u16>,
+    /// Worker pairs of the data plane; each has its own TUN queue and UDP socket [default: 1]
+    #[arg(long, env = "KEYSTONE_MESH_SHARDS", value_name = "N")]
+    pub shards: Option<u8>,
+    /// A public address of this node that peers can try, as behind a port-forward; repeatable
+    #[arg(long = "endpoint", env = "KEYSTONE_MESH_ENDPOINTS", value_delimiter = ',', value_name = "HOST:PORT")]
+    pub endpoints: Vec<HostPort>,
+    /// A network behind this node for which it asks to be the way; repeatable
+    #[arg(long = "route", env = "KEYSTONE_MESH_ROUTES", value_delimiter = ',', value_name = "CIDR")]
+    pub routes: Vec<IpNet>,
+    /// Control plane: a relay for the network; repeatable
+    #[arg(long = "relay", env = "KEYSTONE_MESH_RELAYS", value_delimiter = ' ', value_name = "KEY@HOST:PORT")]
+    pub relays: Vec<RelayAddr>,
+    /// Control plane: where this host is reachable from outside; repeatable
+    #[arg(long = "gateway", env = "KEYSTONE_MESH_GATEWAYS", value_delimiter = ',', value_name = "HOST:PORT")]
+    pub gateways: Vec<HostPort>,
+    /// Also serve as a relay for the network: for nodes with a public address [default: false]
+    #[arg(long, env = "KEYSTONE_MESH_SERVE_RELAY", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    pub serve_relay: Option<bool>,
+    /// What a stop leaves: `keep` leaves the interface, so that a restart drops nothing; `remove` takes it away [default: keep]
+    #[arg(long, env = "KEYSTONE_MESH_ON_STOP", value_enum, value_name = "WHAT")]
+    pub on_stop: Option<OnStop>,
+    /// Own addresses on the interface beside those of the network, for plain WireGuard peers (file only)
+    #[arg(skip)]
+    pub addresses: Vec<IpNet>,
+    /// File with a WireGuard private key to use instead of the derived one, for plain WireGuard peers (file only)
+    #[arg(skip)]
+    pub private_key_file: Option<PathBuf>,
+    /// Plain WireGuard peers (file only)
+    #[arg(skip)]
+    pub peer: Vec<StaticPeer>,
+}
+
+/// What a stop leaves of the kernel's state.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnStop {
+    /// Interface, addresses and routes stay: connections survive a restart.
+    #[default]
+    Keep,
+    /// Everything goes.
+    Remove,
+}
+
+/// A peer with stock WireGuard and a fixed configuration.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct StaticPeer {
+    /// A name for status.
+    pub name: Option<String>,
+    /// Its WireGuard public key, Base64.
+    pub public_key: PublicKey,
+    /// File with the preshared key, Base64.
+    pub preshared_key_file: Option<PathBuf>,
+    /// Where it is; without one it has to come first.
+    pub endpoint: Option<HostPort>,
+    /// What may be sent to it and come from it.
+    pub allowed_ips: Vec<IpNet>,
+    /// Seconds between keepalives, 1 to 65535.
+    pub persistent_keepalive: Option<u16>,
+}
+
+/// A plain peer, ready for the data plane.
+#[derive(Clone, Debug)]
+pub struct PlainPeer {
+    /// A name for status.
+    pub name: String,
+    /// What the data plane needs.
+    pub config: PeerConfig,
+    /// Where it is, if that is known.
+    pub endpoint: Option<HostPort>,
+}
+
+/// The validated configuration.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The node's name, where one was given.
+    pub name: Option<NodeName>,
+    /// Name of the TUN interface.
+    pub interface: String,
+    /// Where the UDP socket is bound.
+    pub listen: SocketAddr,
+    /// MTU of the interface.
+    pub mtu: u16,
+    /// Worker pairs.
+    pub shards: u8,
+    /// Configured endpoints of this node.
+    pub endpoints: Vec<HostPort>,
+    /// Networks behind this node.
+    pub routes: Vec<IpNet>,
+    /// Relays that the control plane lists.
+    pub relays: Vec<RelayAddr>,
+    /// Gateways that the control plane lists.
+    pub gateways: Vec<HostPort>,
+    /// Whether this node serves as a relay.
+    pub serve_relay: bool,
+    /// What a stop leaves.
+    pub on_stop: OnStop,
+    /// Own addresses for plain WireGuard peers.
+    pub addresses: Vec<IpNet>,
+    /// WireGuard key to use instead of the derived one.
+    pub private_key: Option<PrivateKey>,
+    /// Plain WireGuard peers.
+    pub plain_peers: Vec<PlainPeer>,
+}
+
+impl Config {
+    /// Merges flags and environment (already merged by clap) over the file, and validates.
+    pub fn load(flags: Options, file: Option<&Path>) -> anyhow::Result<Self> {
+        let base = match file {
+            None => Options::default(),
+            Some(path) => {
+                let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+                toml::from_str(&text).with_context(|| format!("{} is not a valid configuration", path.display()))?
+            }
+        };
+        Self::validate(merge(flags, base))
+    }
+
+    fn validate(options: Options) -> anyhow::Result<Self> {
+        let interface = options.interface.unwrap_or_else(|| DEFAULT_INTERFACE.to_owned());
+        // IFNAMSIZ is 16 with the closing zero byte (netdevice(7)).
+        let sane = |b: u8| b.is_ascii_graphic() && b != b'/' && b != b':' && b != b'%';
+        if interface.is_empty() || interface.len() > 15 || !interface.bytes().all(sane) {
+            bail!("interface `{interface}`: a name has 1 to 15 characters, without spaces, `/`, `:` and `%`");
+        }
+        let mtu = options.mtu.unwrap_or(DEFAULT_MTU);
+        if !(1280..=65_503).contains(&mtu) {
+            bail!("mtu {mtu}: IPv6 needs at least 1280, and WireGuard leaves at most 65503 of a datagram");
+        }
+        let shards = options.shards.unwrap_or(1);
+        if !(1..=64).contains(&shards) {
+            bail!("shards {shards}: use 1 to 64, at most one for each core");
+        }
+        for net in options.routes.iter().chain(options.peer.iter().flat_map(|peer| &peer.allowed_ips)) {
+            if net.trunc() != *net {
+                bail!("{net} has host bits set; did you mean {}?", net.trunc());
+            }
+        }
+        let private_key = match &options.private_key_file {
+            None => None,
+            Some(path) => Some(read_key::<PrivateKey>(path)?),
+        };
+        Ok(Self {
+            name: options.name,
+            interface,
+            listen: SocketAddr::new(
+                options.listen_address.unwrap_or(Ipv6Addr::UNSPECIFIED.into()),
+                options.listen_port.unwrap_or(DEFAULT_PORT),
+            ),
+            mtu,
+            shards,
+            endpoints: options.endpoints,
+            routes: options.routes,
+            relays: options.relays,
+            gateways: options.gateways,
+            serve_relay: options.serve_relay.unwrap_or(false),
+            on_stop: options.on_stop.unwrap_or_default(),
+            addresses: options.addresses,
+            private_key,
+            plain_peers: plain_peers(&options.peer)?,
+        })
+    }
+}
+
+fn merge(over: Options, base: Options) -> Options {
+    fn list<T>(over: Vec<T>, base: Vec<T>) -> Vec<T> {
+        if over.is_empty() { base } else { over }
+    }
+    Options {
+        name: over.name.or(base.name),
+        interface: over.interface.or(base.interface),
+        listen_address: over.listen_address.or(base.listen_address),
+        listen_port: over.listen_port.or(base.listen_port),
+        mtu: over.mtu.or(base.mtu),
+        shards: over.shards.or(base.shards),
+        endpoints: list(over.endpoints, base.endpoints),
+        routes: list(over.routes, base.routes),
+        relays: list(over.relays, base.relays),
+        gateways: list(over.gateways, base.gateways),
+        serve_relay: over.serve_relay.or(base.serve_relay),
+        on_stop: over.on_stop.or(base.on_stop),
+        addresses: base.addresses,
+        private_key_file: base.private_key_file,
+        peer: base.peer,
+    }
+}
+
+fn plain_peers(peers: &[StaticPeer]) -> anyhow::Result<Vec<PlainPeer>> {
+    let mut plain = Vec::with_capacity(peers.len());
+    let mut owners: BTreeMap<IpNet, PublicKey> = BTreeMap::new();
+    for peer in peers {
+        let key = peer.public_key;
+        if plain.iter().any(|other: &PlainPeer| other.config.key == key) {
+            bail!("peer {key} stands twice in the configuration");
+        }
+        for net in &peer.allowed_ips {
+            if let Some(other) = owners.insert(*net, key) {
+                bail!("allowed_ips {net} stands at two peers, {other} and {key}; each network has one way");
+            }
+        }
+        if peer.persistent_keepalive == Some(0) {
+            bail!("peer {key}: persistent_keepalive is 1 to 65535 seconds; leave it out for none");
+        }
+        let preshared_key = peer.preshared_key_file.as_deref().map(read_key::<PresharedKey>).transpose()?;
+        let config = PeerConfig {
+            key,
+            identity: None,
+            preshared_key,
+            persistent_keepalive: peer.persistent_keepalive,
+            allowed_ips: peer.allowed_ips.clone(),
+        };
+        let name = peer.name.clone().unwrap_or_else(|| key.to_string().chars().take(8).collect());
+        plain.push(PlainPeer { name, config, endpoint: peer.endpoint.clone() });
+    }
+    Ok(plain)
+}
+
+fn read_key<T: std::str::FromStr<Err: std::error::Error + Send + Sync + 'static>>(path: &Path) -> anyhow::Result<T> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    text.trim().parse().with_context(|| format!("{} holds no key", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> anyhow::Result<Config> {
+        Config::validate(merge(Options::default(), toml::from_str(text)?))
+    }
+
+    #[test]
+    fn defaults_hold_without_a_file() {
+        let config = Config::load(Options::default(), None).unwrap();
+        assert_eq!((config.interface.as_str(), config.mtu, config.shards), ("ksmesh0", 1280, 1));
+        assert_eq!(config.listen.to_string(), "[::]:51840");
+        assert_eq!(config.on_stop, OnStop::Keep);
+    }
+
+    #[test]
+    fn flags_win_over_the_file() {
+        let file: Options = toml::from_str("mtu = 1400\nlisten_port = 1\nroutes = ['10.42.0.0/24']").unwrap();
+        let flags = Options { mtu: Some(1300), ..Options::default() };
+        let config = Config::validate(merge(flags, file)).unwrap();
+        assert_eq!((config.mtu, config.listen.port(), config.routes.len()), (1300, 1, 1));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (text, named) in [
+            ("mtu = 1000", "1280"),
+            ("interface = 'a-name-that-is-too-long'", "15 characters"),
+            ("routes = ['10.42.0.1/24']", "10.42.0.0/24"),
+            ("shards = 0", "1 to 64"),
+            ("listen_prot = 1", "listen_prot"),
+            ("relays = ['relay.example.org:1']", "KEY@HOST:PORT"),
+            ("name = 'Upper'", "not a node name"),
+            ("[[peer]]\npublic_key = 'AAAA'\nallowed_ips = []", "truncated"),
+        ] {
+            let error = format!("{:#}", parse(text).unwrap_err());
+            assert!(error.contains(named), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn one_network_is_not_given_to_two_plain_peers() {
+        let key = |byte: u8| PublicKey::from_bytes([byte; 32]);
+        let text = format!(
+            "[[peer]]\npublic_key = '{}'\nallowed_ips = ['10.1.0.0/24']\n[[peer]]\npublic_key = '{}'\nallowed_ips = ['10.1.0.0/24']",
+            key(1),
+            key(2)
+        );
+        assert!(parse(&text).unwrap_err().to_string().contains("two peers"));
+    }
+}

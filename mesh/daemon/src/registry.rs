@@ -1,0 +1,62 @@
+//! Where records are published and watched: one small interface, several implementations.
+//!
+//! * [`embedded`]: the control-plane host reads and writes its own store.
+//! * [`client`]: every other node has a session with the gateway, which [`server`] serves from that store.
+//!
+//! Losing a registry freezes what is known, says so, and tears nothing down.
+
+pub mod client;
+pub mod embedded;
+pub mod server;
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::pin::Pin;
+
+use keystone_mesh_core::gateway::Refusal;
+use keystone_mesh_core::network::SignedNetwork;
+use keystone_mesh_core::node::{Entry, NodeName, SignedApproval, SignedRecord};
+
+/// What a registry tells.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// The node was let in.
+    Joined(SignedApproval),
+    /// Everything that is known; replaces what was known before.
+    Snapshot {
+        /// The network's document.
+        network: SignedNetwork,
+        /// Every node.
+        entries: Vec<Entry>,
+    },
+    /// A node came or changed.
+    Changed(Box<Entry>),
+    /// A node went.
+    Removed(NodeName),
+    /// The network's document changed.
+    Network(SignedNetwork),
+    /// This node's address as the gateway sees it.
+    Observed(SocketAddr),
+    /// The registry cannot be heard; what is known stays in force. Followed by a snapshot once it can.
+    Stale {
+        /// In words.
+        why: String,
+    },
+    /// The registry will not have this node: token refused, or removed from the network.
+    Refused(Refusal),
+}
+
+/// A future of a registry.
+pub type Answer<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// Publishes this node's record and watches the others'.
+pub trait Registry: Send {
+    /// Makes `record` this node's word. The latest one counts; it is published again after every loss of the registry.
+    fn publish(&mut self, record: SignedRecord);
+
+    /// The next event. Cancel-safe.
+    fn next(&mut self) -> Answer<'_, Event>;
+
+    /// Takes this node out of the network. Waits for the answer, a few seconds at most.
+    fn leave(&mut self) -> Answer<'_, Result<(), String>>;
+}

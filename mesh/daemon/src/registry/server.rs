@@ -1,0 +1,226 @@
+//! The gateway: serves the store to nodes, and lets joiners in.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use keystone_mesh_core::NodeId;
+use keystone_mesh_core::admission::JoinRefusal;
+use keystone_mesh_core::gateway::{FromGateway, Refusal, ToGateway};
+use keystone_mesh_core::node::{NodeName, SignedRecord};
+use keystone_mesh_core::throttle::Throttle;
+use keystone_mesh_core::token::{TokenId, TokenRefusal, TokenSecret};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{Semaphore, broadcast, mpsc};
+
+use super::client::MAX_FRAME;
+use crate::clock::unix_now;
+use crate::quic::frames::{self, StreamError};
+use crate::store::{Change, Store, StoreError};
+
+/// How long a client may take to say what it wants, and to take an answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Sessions at once: twice the largest mesh that is aimed at.
+const MAX_SESSIONS: usize = 10_000;
+
+/// The gateway of one store.
+#[derive(Debug)]
+pub struct Gateway {
+    store: Arc<Store>,
+    throttle: Mutex<Throttle>,
+    sessions: Semaphore,
+}
+
+/// Who is at the other end of a session.
+#[derive(Clone, Copy, Debug)]
+pub struct Caller {
+    /// The identity that TLS proved.
+    pub id: NodeId,
+    /// Where it comes from: seen by ourselves, or told by the relay.
+    pub address: SocketAddr,
+    /// Whether the session runs straight over our own socket, so that the address is one of the caller's mesh socket.
+    pub direct: bool,
+}
+
+impl Gateway {
+    /// A gateway on this store.
+    pub fn new(store: Arc<Store>) -> Self {
+        Self { store, throttle: Mutex::default(), sessions: Semaphore::new(MAX_SESSIONS) }
+    }
+
+    /// Serves one session to its end. Errors end the session, and only that.
+    pub async fn serve<S: AsyncRead + AsyncWrite + Send + 'static>(&self, stream: S, caller: Caller) {
+        let Ok(_place) = self.sessions.try_acquire() else {
+            tracing::warn!(caller = %caller.address, "gateway is full; session refused");
+            return;
+        };
+        match self.session(stream, caller).await {
+            Ok(()) | Err(StreamError::Closed) => {}
+            Err(error) => tracing::debug!(caller = %caller.id.short(), %error, "gateway session ended"),
+        }
+    }
+
+    async fn session<S: AsyncRead + AsyncWrite + Send + 'static>(
+        &self,
+        stream: S,
+        caller: Caller,
+    ) -> Result<(), StreamError> {
+        let (mut input, mut output) = tokio::io::split(stream);
+        let first = frames::read_within::<ToGateway>(&mut input, MAX_FRAME, PATIENCE).await?;
+        let name = match self.open(first, caller) {
+            Ok((name, greeting)) => {
+                if let Some(greeting) = greeting {
+                    say(&mut output, &greeting).await?;
+                }
+                name
+            }
+            Err(refusal) => {
+                tracing::info!(caller = %caller.address, code = refusal.code, "refused: {}", refusal.message);
+                return say(&mut output, &FromGateway::Refused(refusal)).await;
+            }
+        };
+        if caller.direct {
+            say(&mut output, &FromGateway::Observed { address: caller.address }).await?;
+        }
+        // Reading is not cancel-safe, so it has its own task; one message waits at most.
+        let (heard, mut messages) = mpsc::channel(1);
+        let reading = tokio::spawn(async move {
+            loop {
+                let message = frames::read::<ToGateway>(&mut input, MAX_FRAME).await;
+                let ended = message.is_err();
+                if heard.send(message).await.is_err() || ended {
+                    break;
+                }
+            }
+        });
+        let result = self.attached(&mut output, &mut messages, caller, &name).await;
+        reading.abort();
+        result
+    }
+
+    /// The first message: who may have a session at all.
+    fn open(&self, first: ToGateway, caller: Caller) -> Result<(NodeName, Option<FromGateway>), Refusal> {
+        match first {
+            ToGateway::Join { token, secret, record, .. } => {
+                let name = record.get().name.clone();
+                let approval = self.join(caller, record, token, &secret)?;
+                tracing::info!(node = %name, from = %caller.address, "joined");
+                Ok((name, Some(FromGateway::Joined { approval })))
+            }
+            ToGateway::Attach { record, .. } => {
+                let name = record.get().name.clone();
+                self.store.publish(caller.id, record).map_err(refusal)?;
+                Ok((name, None))
+            }
+            ToGateway::Publish { .. } | ToGateway::Leave => {
+                Err(Refusal { code: "unexpected".into(), message: "a session begins with join or attach".into() })
+            }
+        }
+    }
+
+    fn join(
+        &self,
+        caller: Caller,
+        record: SignedRecord,
+        token: TokenId,
+        secret: &TokenSecret,
+    ) -> Result<keystone_mesh_core::node::SignedApproval, Refusal> {
+        let source = caller.address.ip();
+        let mut throttle = self.throttle.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(wait) = throttle.wait(source, Instant::now()) {
+            let seconds = wait.as_secs() + 1;
+            let message = format!("too many failed joins from {source}; try again in {seconds} s");
+            return Err(Refusal { code: "slow-down".into(), message });
+        }
+        match self.store.join(caller.id, record, token, secret, unix_now()) {
+            Ok(approval) => {
+                throttle.handle_success(source);
+                Ok(approval)
+            }
+            Err(error) => {
+                if matches!(error, StoreError::Join(JoinRefusal::Token(TokenRefusal::Unknown))) {
+                    throttle.handle_failure(source, Instant::now());
+                }
+                Err(refusal(error))
+            }
+        }
+    }
+
+    async fn attached(
+        &self,
+        output: &mut (impl AsyncWrite + Unpin),
+        messages: &mut mpsc::Receiver<Result<ToGateway, StreamError>>,
+        caller: Caller,
+        name: &NodeName,
+    ) -> Result<(), StreamError> {
+        let mut changes = self.everything(output).await?;
+        loop {
+            tokio::select! {
+                message = messages.recv() => match message.unwrap_or(Err(StreamError::Closed))? {
+                    ToGateway::Publish { record } => {
+                        let seq = record.get().seq;
+                        match self.store.publish(caller.id, record) {
+                            Ok(()) => say(output, &FromGateway::Published { seq }).await?,
+                            Err(error) => say(output, &FromGateway::Refused(refusal(error))).await?,
+                        }
+                    }
+                    ToGateway::Leave => return self.leave(output, caller, name).await,
+                    ToGateway::Join { .. } | ToGateway::Attach { .. } => {
+                        let message = "the session is open already".into();
+                        return say(output, &FromGateway::Refused(Refusal { code: "unexpected".into(), message })).await;
+                    }
+                },
+                change = changes.recv() => match change {
+                    Ok(Change::Node(entry)) => say(output, &FromGateway::Changed { entry: *entry }).await?,
+                    Ok(Change::Removed(gone)) if gone == *name => {
+                        let message = "this machine was removed from the network; join it again with a token".into();
+                        return say(output, &FromGateway::Refused(Refusal { code: "not-member".into(), message })).await;
+                    }
+                    Ok(Change::Removed(name)) => say(output, &FromGateway::Removed { name }).await?,
+                    Ok(Change::Network(network)) => say(output, &FromGateway::Network { network: *network }).await?,
+                    Err(broadcast::error::RecvError::Lagged(_)) => changes = self.everything(output).await?,
+                    Err(broadcast::error::RecvError::Closed) => return Ok(()),
+                },
+            }
+        }
+    }
+
+    async fn everything(&self, output: &mut (impl AsyncWrite + Unpin)) -> Result<broadcast::Receiver<Change>, StreamError> {
+        let (network, entries, changes) = self.store.watch();
+        say(output, &FromGateway::Snapshot { network, entries }).await?;
+        Ok(changes)
+    }
+
+    async fn leave(&self, output: &mut (impl AsyncWrite + Unpin), caller: Caller, name: &NodeName) -> Result<(), StreamError> {
+        // The session is bound to this name only by the caller's word until here: check whose entry it is.
+        let own = self.store.entry(name).is_some_and(|entry| entry.record.get().identity == caller.id);
+        let answer = if own { self.store.remove(name, unix_now()) } else { Ok(()) };
+        match answer {
+            Ok(()) => say(output, &FromGateway::Left).await,
+            Err(error) => say(output, &FromGateway::Refused(refusal(error))).await,
+        }
+    }
+}
+
+async fn say(output: &mut (impl AsyncWrite + Unpin), message: &FromGateway) -> Result<(), StreamError> {
+    let written = tokio::time::timeout(PATIENCE, frames::write(output, message, MAX_FRAME)).await;
+    written.map_err(|_| StreamError::TimedOut(PATIENCE))?
+}
+
+fn refusal(error: StoreError) -> Refusal {
+    let code = match &error {
+        StoreError::Join(refusal) => refusal.code(),
+        StoreError::Publish(refusal) => refusal.code(),
+        StoreError::NoSuchNode(_) => "not-member",
+        StoreError::OwnNode(_) => "control-plane",
+        StoreError::Open { .. }
+        | StoreError::Empty
+        | StoreError::Damaged { .. }
+        | StoreError::Write(_)
+        | StoreError::NoSuchToken(_) => {
+            tracing::error!(%error, "the registry cannot answer");
+            "registry-unavailable"
+        }
+    };
+    Refusal { code: code.into(), message: error.to_string() }
+}
