@@ -43,8 +43,11 @@ const CONNECTION_WINDOW: u32 = 4 << 20;
 /// Streams that the other side may have open: a relay's client has its control stream and a few splices. Who expects
 /// more raises it for that connection.
 const STREAMS: u32 = 8;
-/// A handshake that takes longer is not worth its place.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// What the round trip is taken for before it is known. The 333 ms of RFC 9002 make a lost first packet cost a second;
+/// on slower paths than this one packet too many is sent.
+const INITIAL_RTT: Duration = Duration::from_millis(100);
+/// A handshake that takes longer is not worth its place: five attempts of the first packet fit in.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Bounds on what strangers may hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -249,6 +252,11 @@ impl QuicEndpoint {
         }
     }
 
+    /// Goes on with another socket; connections migrate to it.
+    pub fn rebind(&self, socket: Arc<dyn AsyncUdpSocket>) -> io::Result<()> {
+        self.0.endpoint.rebind_abstract(socket)
+    }
+
     /// Closes all connections; [`QuicEndpoint::serve`] returns.
     pub async fn close(&self) {
         self.0.endpoint.close(CloseCode::Done.number().into(), b"shutting down");
@@ -344,6 +352,7 @@ fn transport() -> TransportConfig {
     config
         .keep_alive_interval(Some(KEEP_ALIVE))
         .max_idle_timeout(Some(IdleTimeout::try_from(IDLE_TIMEOUT).expect("30 s fit a varint of milliseconds")))
+        .initial_rtt(INITIAL_RTT)
         .initial_mtu(INITIAL_MTU)
         .mtu_discovery_config(Some(discovery))
         .datagram_receive_buffer_size(Some(DATAGRAM_RECEIVE_BUFFER))

@@ -1,0 +1,8 @@
+//! The QUIC side over loopback, with real endpoints: identities, relays, streams to the control plane.
+
+mod gateway;
+mod identity;
+mod relay_abuse;
+mod relay_life;
+mod relay_packets;
+mod world;
