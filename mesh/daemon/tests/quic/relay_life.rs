@@ -136,3 +136,14 @@ async fn a_client_that_is_dropped_leaves_at_once() {
     drop(node.client);
     eventually("the relay sees it go", || relay.server.snapshot().clients == 0).await;
 }
+
+#[tokio::test]
+async fn a_node_that_lost_its_approval_is_sent_away_with_the_reason() {
+    let relay = Relay::start();
+    let node = Client::node(&relay, 1);
+    node.up().await;
+    assert!(relay.server.disconnect(id(1), "the approval was withdrawn"));
+    let down = node.reaches(|state| matches!(state, RelayState::Down { .. })).await;
+    assert!(matches!(&down, RelayState::Down { why, .. } if why == "the approval was withdrawn"), "{down:?}");
+    assert!(!relay.server.disconnect(id(9), "never seen"));
+}
