@@ -354,8 +354,9 @@ impl Drop for Place {
     }
 }
 
-/// Congestion control is quinn's Cubic: measured through a relay over loopback it moved 1.3 Gb/s at half of the CPU time
-/// per byte of quinn's BBR, which stayed below 0.4 Gb/s.
+/// Congestion control is quinn's Cubic. Sender, relay and receiver on one busy machine with two cores moved 0.5 to
+/// 1.3 Gb/s of 1312-byte packets with it, at about 8 CPU seconds per GiB for the three; with quinn's BBR 0.3 to 0.4 Gb/s
+/// at 12 to 18. More seldom acknowledgements or a larger initial window made no difference beyond the noise.
 fn transport(keep_alive: Option<Duration>) -> TransportConfig {
     let mut discovery = MtuDiscoveryConfig::default();
     discovery.upper_bound(MTU_UPPER_BOUND);
