@@ -168,7 +168,7 @@ impl<'a> Reader<'a> {
 }
 
 /// Joins displayed values.
-pub(crate) fn join<T: Display>(values: &[T], separator: &str) -> String {
+pub fn join<T: Display>(values: &[T], separator: &str) -> String {
     values.iter().map(ToString::to_string).collect::<Vec<_>>().join(separator)
 }
 

@@ -47,15 +47,16 @@ const ROUND_TRAFFIC: Duration = Duration::from_secs(120);
 const KEEPALIVE: Duration = Duration::from_secs(15);
 /// The other ways that work, the relay among them; with jitter still within 25 s.
 const STANDBY: Duration = Duration::from_secs(20);
-/// A way that has just been found, until its round trip is known ...
-const WARM_UP: Duration = Duration::from_secs(1);
-/// ... from this many samples.
+/// Ways whose round trip matters at the moment: one that has just been found, and two that are compared.
+const MEASURE: Duration = Duration::from_secs(1);
+/// Samples after which a way has been found long enough.
 const WARM_UP_SAMPLES: u32 = 4;
 
 // --- silence ---
 
-/// Sending without an answer for this long beyond the round trip makes a check urgent. Below the 250 ms at which the
-/// driver samples its counters, so that one sample without an answer suffices.
+/// Sending without hearing anything for this long makes a check urgent. Below the 250 ms at which the driver samples
+/// its counters, so that one sample without an answer suffices. Where the round trip is longer, this costs a few pings
+/// at the beginning of each exchange.
 const PATIENCE: Duration = Duration::from_millis(200);
 /// Each check that was answered although nothing else was doubles the patience up to this: one-way traffic costs a
 /// ping a second.
@@ -63,8 +64,9 @@ const MAX_PATIENCE: Duration = Duration::from_secs(1);
 
 // --- moving between ways that work ---
 
-/// A better way must be better at this many measurements in a row.
-const WINS_TO_MOVE: u8 = 4;
+/// A better way must be better at this many measurements in a row: eight of each of the two, so that no measurement
+/// that made it look better still counts in the end.
+const WINS_TO_MOVE: u8 = 16;
 /// And the last such move must be this long ago.
 const DWELL: Duration = Duration::from_secs(30);
 
@@ -211,7 +213,7 @@ impl Active {
         let (selected_at, patience) = (self.selected_at, self.patience);
         let Some(way) = base.selected.and_then(|via| self.ways.get_mut(via)) else { return };
         let heard = way.heard.unwrap_or(way.added).max(selected_at);
-        let silent = now.saturating_duration_since(heard) >= patience + way.rtt.smooth;
+        let silent = now.saturating_duration_since(heard) >= patience;
         let asking = way.ladder.as_ref().is_some_and(|ladder| ladder.purpose() == Purpose::Urgent);
         if silent && way.proven() && !asking {
             way.check(Purpose::Urgent, now);
@@ -343,7 +345,7 @@ impl Active {
 
     fn start_round(&mut self, base: &mut Base, punch: bool, now: Instant) {
         self.ways.iter_mut().for_each(|way| way.reach(now));
-        if punch {
+        if punch && base.probes.take(now).is_ok() {
             self.punch(base, None);
         }
         let gap = ROUNDS[self.rounds.min(ROUNDS.len() - 1)];
@@ -360,7 +362,7 @@ impl Active {
 
     /// Tells the peer through the best relay to probe us: with a fresh id, or the one of the punch that it answers.
     pub(super) fn punch(&mut self, base: &mut Base, answers: Option<TxId>) {
-        let Some(relay) = self.ways.relays().min_by_key(|way| way.scored().score).map(|way| way.via) else { return };
+        let Some(relay) = self.best_relay().map(Via::Relay) else { return };
         let txid = answers.unwrap_or_else(|| base.draw.txid());
         if answers.is_none() {
             self.punched = Some(txid);
@@ -384,9 +386,11 @@ impl Active {
 
     fn schedule_checks(&mut self, base: &mut Base, now: Instant) {
         for way in self.ways.iter_mut().filter(|way| way.usable() && way.ladder.is_none() && way.check_at.is_none()) {
-            let gap = if way.proven() && way.rtt.samples < WARM_UP_SAMPLES {
-                WARM_UP
-            } else if base.selected == Some(way.via) {
+            let selected = base.selected == Some(way.via);
+            let compared = self.challenge.as_ref().is_some_and(|challenge| selected || challenge.by == way.via);
+            let gap = if way.proven() && (compared || way.rtt.samples < WARM_UP_SAMPLES) {
+                MEASURE
+            } else if selected {
                 KEEPALIVE
             } else {
                 STANDBY

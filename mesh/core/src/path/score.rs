@@ -7,8 +7,10 @@ use crate::io::Via;
 
 /// A direct way is left for another only if that is better by more than this ...
 const MARGIN: Duration = Duration::from_millis(5);
-/// ... and by more than one part in this many of the present cost.
+/// ... by more than one part in this many of the present cost ...
 const MARGIN_SHARE: u32 = 5;
+/// ... and by more than this many times what its own round trips vary by: the least of eight varies about as much.
+const MARGIN_JITTERS: u32 = 2;
 /// Round trips measured before a way's cost is believed.
 const ENOUGH_SAMPLES: u32 = 3;
 
@@ -77,6 +79,8 @@ pub(crate) struct Scored {
     pub(crate) score: Score,
     /// Round trips measured.
     pub(crate) samples: u32,
+    /// By how much they vary.
+    pub(crate) jitter: Duration,
 }
 
 impl Score {
@@ -117,7 +121,7 @@ pub(crate) fn judge(selected: Option<Via>, usable: &[Scored]) -> Verdict {
 
 /// Cost is one number and a win needs a margin, so ways cannot beat each other in a circle.
 fn beats(challenger: &Scored, current: &Scored) -> bool {
-    let margin = MARGIN.max(current.score.cost / MARGIN_SHARE);
+    let margin = MARGIN.max(current.score.cost / MARGIN_SHARE).max(current.jitter * MARGIN_JITTERS);
     challenger.samples >= ENOUGH_SAMPLES
         && current.samples >= ENOUGH_SAMPLES
         && challenger.score.cost + margin < current.score.cost
@@ -133,7 +137,7 @@ mod tests {
             Ok(addr) => Via::Direct(addr),
             Err(_) => Via::Relay(NodeId::from_bytes([via.as_bytes()[0]; 32])),
         };
-        Scored { via, score: Score::new(via, true, Duration::from_millis(rtt_ms)), samples: 9 }
+        Scored { via, score: Score::new(via, true, Duration::from_millis(rtt_ms)), samples: 9, jitter: Duration::ZERO }
     }
 
     #[test]

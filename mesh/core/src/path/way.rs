@@ -23,10 +23,13 @@ use crate::probe::TxId;
 const MAX_PENDING: usize = 8;
 /// Round trips of which the least counts. The least, because queues only ever add to the way's own delay.
 const RTT_WINDOW: usize = 8;
-/// How long a way that died has to prove itself with [`PROOFS_AFTER_DEATH`].
+/// For how long a way that died has to prove itself before traffic returns to it, and how long it must then live to
+/// be forgiven.
 const PROBATION: Duration = Duration::from_secs(60);
-/// Full-size answers in a row before traffic returns to a way that died.
+/// Full-size answers that prove it after the first death; each that follows before it is forgiven doubles them ...
 const PROOFS_AFTER_DEATH: u8 = 3;
+/// ... this often: 48 proofs, 15 s.
+const MAX_DOUBLINGS: u8 = 4;
 /// Between two such proofs.
 const PROOF_GAP: Duration = Duration::from_millis(300);
 
@@ -87,6 +90,9 @@ pub(crate) struct Way {
     /// The last pong or authenticated packet.
     pub(crate) heard: Option<Instant>,
     pub(crate) died: Option<Instant>,
+    usable_since: Option<Instant>,
+    /// Deaths in a row, each before the one before was forgiven.
+    deaths: u8,
     /// The last question that nothing answered, and the last that only small pings answered; none once disproved.
     pub(crate) silent: Option<Instant>,
     pub(crate) narrow: Option<Instant>,
@@ -126,6 +132,8 @@ impl Way {
             rtt: Rtt::default(),
             heard: None,
             died: None,
+            usable_since: None,
+            deaths: 0,
             silent: None,
             narrow: None,
             proofs: 0,
@@ -157,7 +165,7 @@ impl Way {
 
     pub(crate) fn scored(&self) -> Scored {
         let score = Score::new(self.via, self.proven(), self.rtt.least().unwrap_or_default());
-        Scored { via: self.via, score, samples: self.rtt.samples }
+        Scored { via: self.via, score, samples: self.rtt.samples, jitter: self.rtt.jitter }
     }
 
     // --- asking ---
@@ -243,17 +251,27 @@ impl Way {
 
     fn proved(&mut self, strict: bool, now: Instant) -> Answer {
         self.proofs = self.proofs.saturating_add(1);
-        let on_probation = self.died.is_some_and(|died| now < died + PROBATION);
-        let wanted = if strict && on_probation && !self.is_relay() { PROOFS_AFTER_DEATH } else { 1 };
+        let wanted = if strict { self.proofs_wanted(now) } else { 1 };
         if !self.proven() && self.proofs < wanted {
             self.phase = Phase::Sizing;
             self.ladder = Some(Ladder::new(Purpose::Size, now + PROOF_GAP));
             return Answer::Progress;
         }
         let before = std::mem::replace(&mut self.phase, Phase::Usable);
+        if before != Phase::Usable {
+            self.usable_since = Some(now);
+        }
         self.ladder = None;
         (self.silent, self.narrow) = (None, None);
         if before == Phase::Usable { Answer::Progress } else { Answer::Usable }
+    }
+
+    fn proofs_wanted(&self, now: Instant) -> u8 {
+        let on_probation = self.died.is_some_and(|died| now < died + PROBATION);
+        if !on_probation || self.is_relay() {
+            return 1;
+        }
+        PROOFS_AFTER_DEATH << self.deaths.saturating_sub(1).min(MAX_DOUBLINGS)
     }
 
     /// The ladder ended without an answer. Whether a usable way died of it.
@@ -272,6 +290,8 @@ impl Way {
         self.proofs = 0;
         if died {
             self.died = Some(now);
+            let forgiven = self.usable_since.is_none_or(|since| now >= since + PROBATION);
+            self.deaths = if forgiven { 1 } else { self.deaths.saturating_add(1) };
             self.rtt = Rtt::default();
         }
         died
@@ -303,12 +323,19 @@ pub(crate) struct Rtt {
     pub(crate) samples: u32,
     /// Exponentially weighted mean with gain 1/8, as in RFC 6298.
     pub(crate) smooth: Duration,
+    /// Exponentially weighted mean deviation from that with gain 1/4, as in RFC 6298.
+    pub(crate) jitter: Duration,
 }
 
 impl Rtt {
     pub(crate) fn measure(&mut self, rtt: Duration) {
         self.recent[self.samples as usize % RTT_WINDOW] = rtt;
-        self.smooth = if self.samples == 0 { rtt } else { (self.smooth * 7 + rtt) / 8 };
+        if self.samples == 0 {
+            (self.smooth, self.jitter) = (rtt, rtt / 2);
+        } else {
+            self.jitter = (self.jitter * 3 + self.smooth.abs_diff(rtt)) / 4;
+            self.smooth = (self.smooth * 7 + rtt) / 8;
+        }
         self.samples = self.samples.saturating_add(1);
     }
 

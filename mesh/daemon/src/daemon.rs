@@ -1,0 +1,259 @@
+//! The daemon: puts the parts together, and takes them apart again.
+//!
+//! ```text
+//!                      +-------------------- driver (one task) --------------------+
+//!   registry  <------> |  Mesh (core): inputs in, outputs out; no policy out here  | <----> control socket
+//!   relays    <------> |                                                           | -----> snapshot on disk
+//!                      +-----------------------------------------------------------+
+//!                           |  peers, paths, probes            |  addresses, routes
+//!                      data plane (own threads)           kernel keeper (task)
+//!                           |  one UDP port: WireGuard, probes, QUIC
+//! ```
+
+mod addresses;
+mod driver;
+mod keeper;
+mod report;
+mod saver;
+mod uplink;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use keystone_mesh_core::mesh::{Hint, Mesh, Own};
+use keystone_mesh_core::node::NodeName;
+use keystone_mesh_core::token::Token;
+use keystone_mesh_core::{PublicKey, Secret, kernel as core_kernel};
+use tokio::sync::{mpsc, oneshot};
+
+use self::driver::Driver;
+use self::uplink::Uplink;
+use crate::config::{Config, OnStop, Places};
+use crate::control::{self, Answer};
+use crate::dataplane::{self, DataPlane, RelaySink};
+use crate::join::{refuse_other_network, relays_of};
+use crate::member;
+use crate::preflight;
+use crate::quic::endpoint::{EndpointLimits, QuicEndpoint};
+use crate::signals::Stop;
+use crate::state::{Membership, Snapshot, StateDir};
+use crate::tun::{Tun, TunConfig};
+use crate::udp::{UdpConfig, UdpSocket};
+
+/// Events of the data plane that wait for the driver; more are dropped and counted.
+const EVENTS: usize = 1024;
+/// Calls of the control socket that wait for the driver; a caller beyond waits at its socket.
+const CALLS: usize = 16;
+
+/// How long the answer to a leave has to reach its asker.
+const FAREWELL: Duration = Duration::from_millis(100);
+
+/// How a daemon ended.
+#[derive(Debug)]
+enum End {
+    /// By a signal: comes back.
+    Stopped,
+    /// Left the network: does not. Who asked is answered once everything is cleaned up.
+    Left(oneshot::Sender<Answer>),
+    /// Somebody deleted the interface: to be started again at once.
+    InterfaceLost,
+}
+
+/// The data plane and what is fixed about it.
+struct Local {
+    plane: Arc<DataPlane>,
+    port: u16,
+    public_key: PublicKey,
+    started: Instant,
+}
+
+/// What a start knows about this node.
+struct Start {
+    state: Arc<StateDir>,
+    secret: Secret,
+    membership: Option<Membership>,
+    snapshot: Snapshot,
+    token: Option<Token>,
+    name: Option<NodeName>,
+}
+
+/// Runs the daemon until it is asked to stop, or leaves.
+pub async fn run(places: &Places, config: Config, token: Option<Token>) -> anyhow::Result<()> {
+    let mut stop = Stop::new()?;
+    let interface = config.interface.clone();
+    let mut token = token;
+    let end = loop {
+        match run_once(places, config.clone(), token.take(), &mut stop).await {
+            Ok(End::InterfaceLost) => tracing::warn!(interface, "somebody deleted the interface; making it again"),
+            end => break end,
+        }
+    };
+    let gone = match &end {
+        Ok(End::Stopped) => config.on_stop == OnStop::Remove,
+        Ok(End::Left(_) | End::InterfaceLost) => true,
+        // What a failed start had made stays as little as what a member that was put out had.
+        Err(_) => !places.state_dir.join("membership").exists(),
+    };
+    let removed = if gone { keeper::remove(&interface).await } else { Ok(()) };
+    tracing::info!(interface_removed = gone && removed.is_ok(), "daemon stopped");
+    if let Ok(End::Left(answer)) = end {
+        let said = match &removed {
+            Ok(()) => Answer::Done,
+            Err(error) => Answer::Failed { message: format!("left the network, but {error:#}") },
+        };
+        let _ = answer.send(said);
+        // The answer leaves by a task of its own, which the end of the process would cut off.
+        tokio::time::sleep(FAREWELL).await;
+        return removed;
+    }
+    removed?;
+    end.map(|_| ())
+}
+
+async fn run_once(places: &Places, config: Config, token: Option<Token>, stop: &mut Stop) -> anyhow::Result<End> {
+    let started = Instant::now();
+    let start = prepare(places, &config, token)?;
+    preflight::require()?;
+    let listener = control::bind(&places.socket())?;
+
+    let key = config.private_key.clone().unwrap_or_else(|| start.secret.wireguard(0));
+    let (events_in, events) = mpsc::channel(EVENTS);
+    let relay_sink = Arc::new(uplink::LateRelays::default());
+    let (plane, port, tun_claim) = open_plane(&config, &key, relay_sink.clone(), events_in)?;
+    let plane = Arc::new(plane);
+    let endpoint = QuicEndpoint::new(plane.quic_socket(), start.secret.identity(), EndpointLimits::default())
+        .context("cannot start QUIC")?;
+    let uplink = Uplink::start(&start, &config, endpoint, &plane)?;
+    relay_sink.set(&uplink.relays);
+    let keeper = keeper::start(&config.interface)?;
+    let (calls_in, calls) = mpsc::channel(CALLS);
+    let serving = tokio::spawn(control::serve(listener, calls_in));
+
+    let mesh = Mesh::new(own(&start, &config, key.clone())?);
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        name = start.name.as_ref().map(NodeName::as_str),
+        identity = %start.secret.identity().id(),
+        interface = config.interface,
+        port,
+        "daemon started"
+    );
+    let local = Local { plane, port, public_key: key.public_key(), started };
+    let mut driver = Driver::new(start, config, mesh, local, uplink, keeper);
+    driver.begin();
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    let end = driver.run(stop, events, calls).await;
+    if !matches!(end, Ok(End::InterfaceLost)) {
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    }
+    if !matches!(end, Ok(End::Left(_))) {
+        serving.abort();
+    }
+    let _ = std::fs::remove_file(places.socket());
+    driver.finish().await;
+    drop(tun_claim);
+    end
+}
+
+/// Reads and checks everything on disk, before anything is touched.
+fn prepare(places: &Places, config: &Config, token: Option<Token>) -> anyhow::Result<Start> {
+    let state = StateDir::open(&places.state_dir)?;
+    let membership = state.membership()?;
+    if let (Some(membership), Some(token)) = (&membership, &token) {
+        refuse_other_network(membership, token)?;
+    }
+    let alone = membership.is_none() && token.is_none();
+    if alone && config.plain_peers.is_empty() {
+        bail!(
+            "this machine is in no network: make one with `keystone-mesh init`, join one with `--token-file FILE`, or give \
+             plain WireGuard peers in --config"
+        );
+    }
+    let name = match &membership {
+        Some(membership) => {
+            if let Some(wanted) = config.name.as_ref().filter(|wanted| **wanted != membership.name) {
+                bail!(
+                    "this machine is in the network as `{}`; to become `{wanted}` it has to leave and join again",
+                    membership.name
+                );
+            }
+            Some(membership.name.clone())
+        }
+        None if alone => None,
+        None => Some(config.name.clone().map_or_else(member::host_name, Ok)?),
+    };
+    let secret = state.secret_or_create()?;
+    // A snapshot is a convenience: damaged, it is left alone and everything is learned again.
+    let snapshot = state.snapshot().unwrap_or_else(|error| {
+        tracing::error!(%error, "the snapshot is not used");
+        None
+    });
+    let token = if membership.is_some() { None } else { token };
+    Ok(Start { state: Arc::new(state), secret, membership, snapshot: snapshot.unwrap_or_default(), token, name })
+}
+
+fn open_plane(
+    config: &Config,
+    key: &keystone_mesh_core::PrivateKey,
+    relay_sink: Arc<dyn RelaySink>,
+    events: mpsc::Sender<dataplane::DataEvent>,
+) -> anyhow::Result<(DataPlane, u16, crate::tun::TunClaim)> {
+    let tun = Tun::open(&TunConfig { name: config.interface.clone(), queues: config.shards.into(), persistent: true })?;
+    let (queues, claim) = tun.into_queues();
+    let mut sockets = Vec::with_capacity(config.shards.into());
+    let mut port = config.listen_port;
+    for _ in 0..config.shards {
+        let socket =
+            UdpSocket::bind(&UdpConfig { port, fwmark: Some(core_kernel::FWMARK), shared: config.shards > 1 })?;
+        // With port 0 the first socket's choice is everyone's.
+        port = socket.local_addr().port();
+        sockets.push(Arc::new(socket));
+    }
+    let private_key = key.clone();
+    let plane = DataPlane::start(dataplane::Config { tun: queues, sockets, private_key, relay: relay_sink, events })?;
+    Ok((plane, port, claim))
+}
+
+fn own(start: &Start, config: &Config, key: keystone_mesh_core::PrivateKey) -> anyhow::Result<Own> {
+    let mut seed = [0; 32];
+    getrandom::fill(&mut seed).context("no randomness")?;
+    Ok(Own {
+        identity: start.secret.identity().id(),
+        key,
+        name: start.name.clone(),
+        relays: start.token.as_ref().map(|token| relays_of(&token.rendezvous)).unwrap_or_default(),
+        mtu: config.mtu,
+        routes: config.routes.clone(),
+        addresses: config.addresses.clone(),
+        seed,
+    })
+}
+
+/// What a snapshot says about peers, as the machine takes it.
+fn hints(snapshot: &Snapshot) -> impl Iterator<Item = Hint> + '_ {
+    snapshot.live.iter().map(|live| Hint { peer: live.key, direct: live.direct })
+}
+
+/// Leaves while no daemon runs: tells the control plane, cleans up, forgets.
+pub async fn leave_offline(places: &Places, force: bool) -> anyhow::Result<()> {
+    let state = StateDir::open(&places.state_dir)?;
+    let Some(membership) = state.membership()? else {
+        bail!("this machine is in no network (state directory {})", places.state_dir.display());
+    };
+    if !membership.control_plane {
+        let told = uplink::tell_leave(&state, &membership, Duration::from_secs(10)).await;
+        match told {
+            Ok(()) => {}
+            Err(error) if force => tracing::warn!(%error, "the control plane was not told; remove this node there"),
+            Err(error) => {
+                return Err(error.context(
+                    "the control plane cannot be told, so this node would stay in its list; try again, or clean up here alone \
+                     with --force and run `keystone-mesh remove` there",
+                ));
+            }
+        }
+    }
+    keeper::remove(crate::config::DEFAULT_INTERFACE).await?;
+    Ok(state.forget()?)
+}

@@ -1,0 +1,456 @@
+//! The driver of the node's machine: every event becomes an input, every output an effect. No policy.
+
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use keystone_mesh_core::Via;
+use keystone_mesh_core::kernel::{Desired, Route};
+use keystone_mesh_core::mesh::{Counters, Mesh, Output, with_port};
+use keystone_mesh_core::network::SignedNetwork;
+use keystone_mesh_core::node::{Entry, NodeRecord, SignedApproval};
+use keystone_mesh_core::relay::RelayAddr;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::addresses::{self, Resolved};
+use super::keeper::{Keeper, KeeperEvent};
+use super::saver::Saver;
+use super::uplink::Uplink;
+use super::{End, Local, Start, hints, report};
+use crate::clock::unix_now_ms;
+use crate::config::Config;
+use crate::control::{Answer, Call, Request};
+use crate::dataplane::DataEvent;
+use crate::join;
+use crate::member;
+use crate::quic::relay_client::RelayState;
+use crate::registry::Event;
+use crate::service::Service;
+use crate::signals::Stop;
+use crate::state::{LivePeer, Snapshot};
+
+/// Between two samples of the counters while any path is watched, as the path machine asks for.
+const SAMPLE: Duration = Duration::from_millis(250);
+/// And while none is.
+const SAMPLE_IDLE: Duration = Duration::from_secs(1);
+
+/// What the registry last said about itself.
+#[derive(Clone, Debug)]
+pub(super) enum RegistryState {
+    /// There is none.
+    None,
+    /// It has not been heard yet.
+    Waiting,
+    /// It is heard.
+    Current,
+    /// It was lost, for this reason.
+    Stale(String),
+}
+
+pub(super) struct Driver {
+    pub(super) start: Start,
+    pub(super) config: Config,
+    pub(super) mesh: Mesh,
+    pub(super) local: Local,
+    pub(super) uplink: Uplink,
+    pub(super) keeper: Keeper,
+
+    // --- what was heard ---
+    pub(super) registry_state: RegistryState,
+    signed_network: Option<SignedNetwork>,
+    relay_changes: watch::Receiver<()>,
+    pub(super) relays: Vec<RelayAddr>,
+    resolved: mpsc::Receiver<Resolved>,
+
+    // --- what was done ---
+    last_seq: u64,
+    timeout: Option<Instant>,
+    saver: Saver,
+    dirty: bool,
+    service: Option<(Vec<IpAddr>, Service)>,
+    service_addresses: Vec<IpAddr>,
+}
+
+impl Driver {
+    pub(super) fn new(start: Start, config: Config, mesh: Mesh, local: Local, uplink: Uplink, keeper: Keeper) -> Self {
+        let endpoints = config.plain_peers.iter().filter_map(|p| Some((p.config.key, p.endpoint.clone()?))).collect();
+        let (resolved, _) = addresses::start(config.endpoints.clone(), endpoints);
+        let registry_state = if uplink.registry.is_some() { RegistryState::Waiting } else { RegistryState::None };
+        let relay_changes = uplink.relays.changes();
+        let saver = Saver::start(start.state.clone());
+        Self {
+            start,
+            config,
+            mesh,
+            local,
+            uplink,
+            keeper,
+            registry_state,
+            signed_network: None,
+            relay_changes,
+            relays: Vec::new(),
+            resolved,
+            last_seq: 0,
+            timeout: None,
+            saver,
+            dirty: false,
+            service: None,
+            service_addresses: Vec::new(),
+        }
+    }
+
+    /// Gives the machine what is on disk and in the configuration; nobody needs to answer for that.
+    pub(super) fn begin(&mut self) {
+        let now = Instant::now();
+        self.mesh.handle_hints(hints(&self.start.snapshot));
+        for peer in &self.config.plain_peers {
+            let endpoint = peer.endpoint.as_ref().and_then(keystone_mesh_core::relay::HostPort::literal);
+            self.mesh.handle_plain_peer(peer.name.clone(), peer.config.clone(), endpoint, now);
+        }
+        let Snapshot { network, entries, .. } = std::mem::take(&mut self.start.snapshot);
+        let expected = self.start.membership.as_ref().map(|membership| membership.network);
+        match network {
+            Some(network) if Some(network.get().id) == expected => self.everything(network, entries, now),
+            Some(_) => tracing::warn!("the snapshot is another network's and is not used"),
+            None => {}
+        }
+        self.drain(now);
+    }
+
+    /// Runs until a signal, or until the node has left.
+    pub(super) async fn run(
+        &mut self,
+        stop: &mut Stop,
+        mut events: mpsc::Receiver<DataEvent>,
+        mut calls: mpsc::Receiver<Call>,
+    ) -> anyhow::Result<End> {
+        let mut sample_at = Instant::now() + SAMPLE;
+        loop {
+            let timeout = self.timeout.unwrap_or(sample_at).min(sample_at);
+            tokio::select! {
+                signal = stop.requested() => {
+                    tracing::info!(signal, "stopping");
+                    return Ok(End::Stopped);
+                }
+                Some(event) = events.recv() => match event {
+                    DataEvent::TunLost => return Ok(End::InterfaceLost),
+                    event => self.data_event(event),
+                },
+                event = next_event(&mut self.uplink) => self.registry_event(event)?,
+                _ = self.relay_changes.changed() => self.relays_changed(),
+                event = self.keeper.next() => match event {
+                    KeeperEvent::HostAddresses(addresses) => self.host_addresses(addresses),
+                    KeeperEvent::Applied => self.restart_service(),
+                },
+                Some(resolved) = self.resolved.recv() => self.resolved(resolved),
+                Some(call) = calls.recv() => if let Some(asker) = self.call(call).await { return Ok(End::Left(asker)) },
+                () = tokio::time::sleep_until(timeout.into()) => {}
+            }
+            let now = Instant::now();
+            if now >= sample_at {
+                self.sample(now);
+                sample_at = now + if self.mesh.is_active() { SAMPLE } else { SAMPLE_IDLE };
+            }
+            if self.timeout.is_some_and(|at| now >= at) {
+                self.mesh.handle_timeout(now);
+            }
+            self.drain(now);
+        }
+    }
+
+    /// Writes what is left to write and says goodbye.
+    pub(super) async fn finish(self) {
+        self.save();
+        drop(self.service);
+        drop(self.keeper);
+        self.saver.finish().await;
+        self.uplink.finish().await;
+    }
+
+    // --- events to inputs ---
+
+    fn data_event(&mut self, event: DataEvent) {
+        let now = Instant::now();
+        match event {
+            DataEvent::Probe { via, from, bytes } => {
+                if let Err(refusal) = self.mesh.handle_probe(via, from, &bytes, now) {
+                    tracing::trace!(%via, %refusal, "probe dropped");
+                }
+            }
+            DataEvent::Demand { peer } => self.mesh.handle_demand(&peer, now),
+            DataEvent::Roamed { peer, via } => self.mesh.handle_roamed(&peer, via, now),
+            DataEvent::Handshake { peer } => self.mesh.handle_session(&peer),
+            DataEvent::TunLost => {}
+        }
+    }
+
+    fn registry_event(&mut self, event: Event) -> anyhow::Result<()> {
+        let now = Instant::now();
+        match event {
+            Event::Joined(approval) => self.joined(approval)?,
+            Event::Snapshot { network, entries } => {
+                self.registry_state = RegistryState::Current;
+                self.everything(network, entries, now);
+            }
+            Event::Changed(entry) => self.mesh.handle_entry(*entry, now),
+            Event::Removed(name) => self.mesh.handle_removed(&name, now),
+            Event::Network(network) => self.network(network, now),
+            Event::Observed(seen) => self.mesh.handle_observed(GATEWAY_OBSERVER, seen, now),
+            Event::Stale { why } => {
+                match self.registry_state {
+                    RegistryState::Stale(_) => tracing::debug!(why, "the registry is still not heard"),
+                    RegistryState::None | RegistryState::Waiting | RegistryState::Current => {
+                        tracing::warn!(why, "the registry is not heard; what is known stays in force");
+                    }
+                }
+                self.registry_state = RegistryState::Stale(why);
+            }
+            Event::Refused(refusal) => anyhow::bail!("the control plane refused: {}", refusal.message),
+        }
+        Ok(())
+    }
+
+    fn joined(&mut self, approval: SignedApproval) -> anyhow::Result<()> {
+        if let (Some(token), Some(name)) = (&self.start.token, &self.start.name) {
+            let membership = join::accepted(token, name.clone(), approval.clone())?;
+            self.start.state.set_membership(&membership)?;
+            let addresses = keystone_mesh_core::facts::join(&approval.get().addresses, " ");
+            tracing::info!(node = %name, network = %membership.network, addresses, "joined");
+            self.start.membership = Some(membership);
+        }
+        self.uplink.set_approval(&approval);
+        Ok(())
+    }
+
+    fn everything(&mut self, network: SignedNetwork, entries: Vec<Entry>, now: Instant) {
+        if !self.is_ours(&network) {
+            return;
+        }
+        self.follow_network(&network);
+        let own = self.start.secret.identity().id();
+        let mine = entries.iter().find(|entry| entry.record.get().identity == own);
+        if let Some(entry) = mine {
+            self.last_seq = self.last_seq.max(entry.record.get().seq);
+            if let Some(approval) = &entry.approval {
+                self.uplink.set_approval(approval);
+            }
+        }
+        self.mesh.handle_snapshot(network.get().clone(), entries, now);
+        self.signed_network = Some(network);
+    }
+
+    fn network(&mut self, network: SignedNetwork, now: Instant) {
+        if self.is_ours(&network) {
+            self.follow_network(&network);
+            self.mesh.handle_network(network.get().clone(), now);
+            self.signed_network = Some(network);
+        }
+    }
+
+    /// Whatever a gateway says, only the pinned network's document counts.
+    fn is_ours(&self, network: &SignedNetwork) -> bool {
+        let pinned = self.start.membership.as_ref().map(|m| m.network).or(self.start.token.as_ref().map(|t| t.network));
+        let ours = Some(network.get().id) == pinned;
+        if !ours {
+            tracing::error!(network = %network.get().id, "a document of another network was offered and is not used");
+        }
+        ours
+    }
+
+    fn follow_network(&self, network: &SignedNetwork) {
+        self.uplink.set_rendezvous(network.get().rendezvous());
+        self.keeper.set_excluded(network.get().prefixes().to_vec());
+    }
+
+    fn relays_changed(&mut self) {
+        self.relay_changes.mark_unchanged();
+        let now = Instant::now();
+        for (id, state) in self.uplink.relays.states() {
+            match state {
+                RelayState::Up { observed, .. } => {
+                    self.mesh.handle_observed(observer(&self.relays, id), observed, now);
+                    self.mesh.handle_relay(id, true, now);
+                }
+                RelayState::Connecting | RelayState::Down { .. } => self.mesh.handle_relay(id, false, now),
+            }
+        }
+    }
+
+    fn host_addresses(&mut self, addresses: Vec<IpAddr>) {
+        let known = !self.mesh.location().0.is_empty();
+        self.mesh.handle_host_addresses(with_port(addresses, self.local.port), Instant::now());
+        if known {
+            self.uplink.network_changed();
+        }
+    }
+
+    fn resolved(&mut self, resolved: Resolved) {
+        let now = Instant::now();
+        self.mesh.handle_configured_addresses(resolved.own, now);
+        for (key, addr) in resolved.plain {
+            if let Some(peer) = self.config.plain_peers.iter().find(|peer| peer.config.key == key) {
+                self.mesh.handle_plain_peer(peer.name.clone(), peer.config.clone(), Some(addr), now);
+            }
+        }
+    }
+
+    fn sample(&mut self, now: Instant) {
+        let counters = self.local.plane.stats().peers.into_iter().map(|peer| Counters {
+            peer: peer.key,
+            sent: peer.tx_bytes,
+            received: peer.rx_bytes,
+            received_via: peer.received_via,
+        });
+        let counters: Vec<Counters> = counters.collect();
+        self.mesh.handle_counters(&counters, now);
+    }
+
+    // --- outputs to effects ---
+
+    fn drain(&mut self, now: Instant) {
+        loop {
+            match self.mesh.poll_output(now) {
+                Output::Peers(ops) => self.local.plane.apply(&ops),
+                Output::Kernel { addresses, routes } => self.set_kernel(addresses, &routes),
+                Output::Relays(relays) => {
+                    self.uplink.relays.set_relays(&relays);
+                    self.relays = relays;
+                }
+                Output::SetPath { peer, via } => {
+                    // False: the peer went in the same breath, and its removal is the next output.
+                    tracing::debug!(%peer, via = via.map(tracing::field::display), "path");
+                    self.local.plane.set_path(&peer, via);
+                }
+                Output::StartHandshake(peer) => drop(self.local.plane.start_handshake(&peer)),
+                Output::SendProbe { to, via, bytes } => self.send_probe(to, via, &bytes),
+                Output::Publish(record) => self.publish(record),
+                Output::Save => self.dirty = true,
+                Output::Timeout { at, .. } => {
+                    self.timeout = Some(at);
+                    break;
+                }
+                Output::Idle => {
+                    self.timeout = None;
+                    break;
+                }
+            }
+        }
+        if std::mem::take(&mut self.dirty) {
+            self.save();
+        }
+    }
+
+    fn set_kernel(&mut self, addresses: Vec<ipnet::IpNet>, routes: &[ipnet::IpNet]) {
+        self.service_addresses = addresses.iter().map(ipnet::IpNet::addr).collect();
+        let routes = routes.iter().map(|dst| Route { dst: *dst, mtu: None }).collect();
+        self.keeper.set_desired(Desired { mtu: self.config.mtu.into(), up: true, addresses, routes, rule: true });
+    }
+
+    /// Ping and bench are answered on the mesh addresses, once they are on the interface.
+    fn restart_service(&mut self) {
+        let members = self.start.name.is_some();
+        if members && self.service.as_ref().is_none_or(|(addresses, _)| *addresses != self.service_addresses) {
+            // The old one goes first: the addresses may overlap.
+            self.service = None;
+            self.service = Some((self.service_addresses.clone(), Service::start(&self.service_addresses)));
+        }
+    }
+
+    fn send_probe(&self, to: Option<keystone_mesh_core::NodeId>, via: Via, bytes: &[u8]) {
+        match (via, to) {
+            (Via::Direct(addr), _) => self.local.plane.send_probe(addr, bytes),
+            (Via::Relay(relay), Some(to)) => drop(self.uplink.relays.send(relay, to, &mut std::iter::once(bytes))),
+            (Via::Relay(_), None) => {}
+        }
+    }
+
+    fn publish(&mut self, record: NodeRecord) {
+        self.last_seq = unix_now_ms().max(self.last_seq + 1);
+        let record = NodeRecord { seq: self.last_seq, ..record };
+        if let Some(registry) = &mut self.uplink.registry {
+            registry.publish(record.sign(&self.start.secret.identity()));
+        }
+    }
+
+    fn save(&self) {
+        if self.start.membership.is_none() {
+            return;
+        }
+        let (_, entries) = self.mesh.known();
+        let live = self.mesh.hints().into_iter().map(|hint| LivePeer { key: hint.peer, direct: hint.direct });
+        self.saver.save(Snapshot {
+            network: self.signed_network.clone(),
+            entries: entries.cloned().collect(),
+            live: live.collect(),
+        });
+    }
+
+    // --- the control socket ---
+
+    /// Answers a call; where the node has left by it, gives back whom to answer in the end.
+    async fn call(&mut self, call: Call) -> Option<oneshot::Sender<Answer>> {
+        let Call { request, answer } = call;
+        let said = match request {
+            Request::Status => Answer::Status(Box::new(report::status(self, Instant::now()))),
+            Request::Connect { name } => match self.mesh.peer_named(&name) {
+                Some(key) => {
+                    self.mesh.handle_demand(&key, Instant::now());
+                    Answer::Done
+                }
+                None => failed(format!("there is no peer `{name}`")),
+            },
+            Request::Leave { force } => match self.leave(force).await {
+                Ok(()) => return Some(answer),
+                Err(message) => failed(message),
+            },
+            request @ (Request::TokenCreate { .. }
+            | Request::TokenList
+            | Request::TokenRevoke { .. }
+            | Request::Remove { .. }) => match &self.uplink.store {
+                Some(store) => member::answer_from_store(store, request),
+                None => failed("this machine is not the control plane of its network; run this on that host".into()),
+            },
+        };
+        let _ = answer.send(said);
+        None
+    }
+
+    async fn leave(&mut self, force: bool) -> Result<(), String> {
+        if let Some(registry) = &mut self.uplink.registry
+            && let Err(why) = registry.leave().await
+        {
+            if !force {
+                return Err(format!(
+                    "the control plane was not told ({why}), so this node would stay in its list; try again, or clean up here \
+                     alone with --force and run `keystone-mesh remove` there"
+                ));
+            }
+            tracing::warn!(why, "the control plane was not told; remove this node there");
+        }
+        self.start.membership = None;
+        self.start.state.forget().map_err(|error| error.to_string())
+    }
+}
+
+/// Stands for the gateway among those who see this node from outside; not an address that a relay can have.
+const GATEWAY_OBSERVER: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 1)), 1);
+
+/// A relay as observer. One given by name is told from others by its key, in the discard prefix of RFC 6666.
+fn observer(relays: &[RelayAddr], id: keystone_mesh_core::NodeId) -> SocketAddr {
+    let literal = relays.iter().find(|relay| relay.id == id).and_then(|relay| relay.addrs.first()?.literal());
+    literal.unwrap_or_else(|| {
+        let [a, b, c, d, e, f, ..] = *id.as_bytes();
+        let [g, h, i] = [u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]), u16::from_be_bytes([e, f])];
+        SocketAddr::new(Ipv6Addr::new(0x100, 0, 0, 0, 1, g, h, i).into(), 1)
+    })
+}
+
+async fn next_event(uplink: &mut Uplink) -> Event {
+    match &mut uplink.registry {
+        Some(registry) => registry.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+fn failed(message: String) -> Answer {
+    Answer::Failed { message }
+}

@@ -1,0 +1,179 @@
+//! Keeps the kernel's state as the machine wants it, also after somebody else changed it; tells the host's addresses.
+
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ipnet::IpNet;
+use keystone_mesh_core::kernel::Desired;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::kernel::{Applied, KernelState};
+
+/// The keeper's handle; the task ends when it is dropped.
+#[derive(Debug)]
+pub(super) struct Keeper {
+    desired: watch::Sender<Option<Desired>>,
+    excluded: watch::Sender<Vec<IpNet>>,
+    addresses: watch::Receiver<Option<Vec<IpAddr>>>,
+    warnings: Arc<Mutex<Vec<String>>>,
+    applied: watch::Receiver<u64>,
+    task: JoinHandle<()>,
+}
+
+/// What the keeper tells.
+#[derive(Debug)]
+pub(super) enum KeeperEvent {
+    /// The host's own addresses, first and after every change.
+    HostAddresses(Vec<IpAddr>),
+    /// The desired state was applied: the addresses are on the interface.
+    Applied,
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Keeper {
+    /// Makes this the desired state.
+    pub(super) fn set_desired(&self, desired: Desired) {
+        self.desired.send_replace(Some(desired));
+    }
+
+    /// Prefixes whose addresses are not the host's own to offer: the mesh's.
+    pub(super) fn set_excluded(&self, prefixes: Vec<IpNet>) {
+        self.excluded.send_if_modified(|now| {
+            let changed = *now != prefixes;
+            *now = prefixes;
+            changed
+        });
+    }
+
+    /// The next event. Cancel-safe.
+    pub(super) async fn next(&mut self) -> KeeperEvent {
+        loop {
+            let alive = tokio::select! {
+                changed = self.addresses.changed() => changed.is_ok(),
+                changed = self.applied.changed() => match changed {
+                    Ok(()) => return KeeperEvent::Applied,
+                    Err(_) => false,
+                },
+            };
+            if !alive {
+                std::future::pending::<()>().await;
+            }
+            if let Some(addresses) = self.addresses.borrow_and_update().clone() {
+                return KeeperEvent::HostAddresses(addresses);
+            }
+        }
+    }
+
+    /// What is not as it should be.
+    pub(super) fn warnings(&self) -> Vec<String> {
+        self.warnings.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Starts the keeper of an interface.
+pub(super) fn start(interface: &str) -> anyhow::Result<Keeper> {
+    let kernel = KernelState::new(interface)?;
+    let changes = kernel.watch()?;
+    let (desired, wanted) = watch::channel(None);
+    let (excluded, exclusions) = watch::channel(Vec::new());
+    let (tell_addresses, addresses) = watch::channel(None);
+    let (tell_applied, applied) = watch::channel(0);
+    let warnings = Arc::new(Mutex::new(Vec::new()));
+    let work = Work { kernel, wanted, exclusions, tell_addresses, tell_applied, warnings: warnings.clone() };
+    let task = tokio::spawn(work.run(changes));
+    Ok(Keeper { desired, excluded, addresses, warnings, applied, task })
+}
+
+/// Takes everything of ours away from the kernel.
+pub(super) async fn remove(interface: &str) -> anyhow::Result<()> {
+    let applied = KernelState::new(interface)?.remove().await?;
+    match applied.failures.into_iter().next() {
+        Some(failure) => Err(failure.into()),
+        None => Ok(()),
+    }
+}
+
+struct Work {
+    kernel: KernelState,
+    wanted: watch::Receiver<Option<Desired>>,
+    exclusions: watch::Receiver<Vec<IpNet>>,
+    tell_addresses: watch::Sender<Option<Vec<IpAddr>>>,
+    tell_applied: watch::Sender<u64>,
+    warnings: Arc<Mutex<Vec<String>>>,
+}
+
+impl Work {
+    async fn run(mut self, mut changes: crate::kernel::Changes) {
+        let mut round = 0;
+        loop {
+            self.look_around().await;
+            if self.apply().await {
+                round += 1;
+                self.tell_applied.send_replace(round);
+            }
+            tokio::select! {
+                changed = self.wanted.changed() => if changed.is_err() { return },
+                changed = self.exclusions.changed() => if changed.is_err() { return },
+                changed = changes.changed() => if let Err(error) = changed {
+                    tracing::warn!(%error, "the kernel's changes cannot be heard; looking again in a second");
+                    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+                },
+            }
+        }
+    }
+
+    async fn look_around(&mut self) {
+        let excluded = self.exclusions.borrow_and_update().clone();
+        match self.kernel.host_addresses(&excluded).await {
+            Ok(found) => drop(self.tell_addresses.send_if_modified(|known| {
+                let changed = known.as_ref() != Some(&found);
+                *known = Some(found);
+                changed
+            })),
+            Err(error) => tracing::warn!(%error, "this host's own addresses are not known"),
+        }
+    }
+
+    /// Whether there was anything to make so, and it is.
+    async fn apply(&mut self) -> bool {
+        let Some(desired) = self.wanted.borrow_and_update().clone() else { return false };
+        match self.kernel.apply(&desired).await {
+            Ok(applied) => {
+                self.report(&applied);
+                applied.failures.is_empty()
+            }
+            Err(error) => {
+                tracing::error!(%error, "the kernel's state is not kept");
+                self.set_warnings(vec![error.to_string()]);
+                false
+            }
+        }
+    }
+
+    fn report(&self, applied: &Applied) {
+        if applied.changes > 0 {
+            tracing::debug!(changes = applied.changes, "kernel state applied");
+        }
+        for warning in &applied.warnings {
+            tracing::warn!("{warning}");
+        }
+        for failure in &applied.failures {
+            tracing::error!("{failure}");
+        }
+        let mut all: Vec<String> = applied.failures.iter().map(ToString::to_string).collect();
+        all.extend(applied.warnings.iter().map(ToString::to_string));
+        if applied.changes > 0 || !all.is_empty() {
+            self.set_warnings(all);
+        }
+    }
+
+    fn set_warnings(&self, warnings: Vec<String>) {
+        *self.warnings.lock().unwrap_or_else(PoisonError::into_inner) = warnings;
+    }
+}

@@ -1,0 +1,274 @@
+//! The node's ways to others: relays, and the registry behind them.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use keystone_mesh_core::NodeId;
+use keystone_mesh_core::gateway::{FromGateway, ToGateway, VERSION};
+use keystone_mesh_core::node::{NodeRecord, SignedApproval};
+use keystone_mesh_core::path::Nat;
+use keystone_mesh_core::relay::{AdmissionLimits, Rendezvous};
+use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinHandle;
+
+use super::Start;
+use crate::clock::unix_now_ms;
+use crate::config::Config;
+use crate::dataplane::{DataPlane, PacketBatch, RelaySink};
+use crate::member::REGISTRY_FILE;
+use crate::quic::endpoint::{ConnectionHandler, EndpointLimits, QuicEndpoint};
+use crate::quic::gateway::{self, GatewayAcceptor, GatewayStream, StreamVia};
+use crate::quic::relay_pool::{RelayPool, RelayPoolConfig};
+use crate::quic::relay_server::{Deliver, RelayServer, RelayServerConfig};
+use crate::quic::splice::AcceptSpliced;
+use crate::quic::{frames, tls::Protocol};
+use crate::registry::Registry;
+use crate::registry::client::{Dial, GatewayRegistry, Invitation, MAX_FRAME, Stream};
+use crate::registry::embedded::EmbeddedRegistry;
+use crate::registry::server::{Caller, Gateway};
+use crate::relay::{credential, verifier};
+use crate::state::{Membership, StateDir};
+use crate::store::Store;
+
+/// How long one round over all ways to the control plane may take.
+const DIAL_PATIENCE: Duration = Duration::from_secs(10);
+/// Streams that wait to be served by the gateway.
+const WAITING_STREAMS: usize = 256;
+
+/// The data plane is there before the relays are; until they are, packets for relays are dropped and counted.
+#[derive(Default)]
+pub(super) struct LateRelays(OnceLock<Weak<RelayPool>>);
+
+impl LateRelays {
+    pub(super) fn set(&self, relays: &Arc<RelayPool>) {
+        let _ = self.0.set(Arc::downgrade(relays));
+    }
+}
+
+impl RelaySink for LateRelays {
+    fn send(&self, relay: NodeId, to: NodeId, packets: &mut dyn Iterator<Item = &[u8]>) -> usize {
+        match self.0.get().and_then(Weak::upgrade) {
+            Some(relays) => relays.send(relay, to, packets),
+            None => packets.count(),
+        }
+    }
+}
+
+/// Where the control plane is met and what is shown there: changes as the network's document and approval do.
+#[derive(Debug, Default)]
+struct Ways {
+    rendezvous: Vec<Rendezvous>,
+    credential: Option<Vec<u8>>,
+}
+
+/// Everything between this node and others that is not the data plane.
+pub(super) struct Uplink {
+    pub(super) endpoint: QuicEndpoint,
+    pub(super) relays: Arc<RelayPool>,
+    pub(super) registry: Option<Box<dyn Registry>>,
+    /// The registry's kind, for status.
+    pub(super) kind: &'static str,
+    /// On the control plane.
+    pub(super) store: Option<Arc<Store>>,
+    /// Ends the gateway session's pause.
+    pub(super) retry: Option<Arc<Notify>>,
+    ways: Arc<Mutex<Ways>>,
+    serving: Vec<JoinHandle<()>>,
+}
+
+impl Uplink {
+    pub(super) fn start(
+        start: &Start,
+        config: &Config,
+        endpoint: QuicEndpoint,
+        plane: &Arc<DataPlane>,
+    ) -> anyhow::Result<Self> {
+        let identity = start.secret.identity();
+        let network = start.membership.as_ref().map(|m| m.network).or(start.token.as_ref().map(|token| token.network));
+        let control_plane = start.membership.as_ref().is_some_and(|membership| membership.control_plane);
+        let shown = start.membership.as_ref().and_then(|membership| membership.approval.as_ref()).map(credential);
+        let known = start.snapshot.network.as_ref().map(|network| network.get().rendezvous()).unwrap_or_default();
+        let first = start.membership.as_ref().map(|m| m.rendezvous.clone()).unwrap_or_default();
+        let invited = start.token.as_ref().map(|token| token.rendezvous.clone()).unwrap_or_default();
+        let ways = Ways { rendezvous: merged([known, first, invited]), credential: shown.clone() };
+        let ways = Arc::new(Mutex::new(ways));
+
+        // Weak: the data plane ends with the driver, whatever connection still lingers.
+        let plane = Arc::downgrade(plane);
+        let deliver: Deliver = Arc::new(move |relay, from, packets| {
+            if let Some(plane) = plane.upgrade() {
+                plane.inject(relay, from, PacketBatch(packets));
+            }
+        });
+        let mut handlers: Vec<(Protocol, Arc<dyn ConnectionHandler>)> = Vec::new();
+        let mut serving = Vec::new();
+        let mut spliced: Option<Arc<dyn AcceptSpliced>> = None;
+        let store = if control_plane { Some(Arc::new(open_store(start, config)?)) } else { None };
+        if let Some(store) = &store {
+            let (acceptor, streams) = GatewayAcceptor::new(&identity, WAITING_STREAMS);
+            serving.push(tokio::spawn(serve_gateway(Arc::new(Gateway::new(store.clone())), streams)));
+            handlers.push((Protocol::Gateway, acceptor.clone()));
+            spliced = Some(acceptor);
+        }
+        let local = match network {
+            Some(network) if config.serve_relay => {
+                let relay = RelayServer::new(
+                    identity.id(),
+                    RelayServerConfig {
+                        network,
+                        limits: AdmissionLimits::default(),
+                        splices: 1024,
+                        verify: verifier(network),
+                        gateway: spliced.clone(),
+                        node: Some(deliver.clone()),
+                    },
+                );
+                handlers.push((Protocol::Relay, relay.clone()));
+                Some(relay)
+            }
+            _ => None,
+        };
+        if !handlers.is_empty() {
+            let endpoint = endpoint.clone();
+            serving.push(tokio::spawn(async move { endpoint.serve(handlers).await }));
+        }
+        let seed = random_seed()?;
+        let pool = RelayPoolConfig { credential: shown, seed, receive: deliver, spliced, local };
+        let relays = Arc::new(RelayPool::new(endpoint.clone(), pool));
+
+        let mut retry = None;
+        let (kind, registry): (_, Option<Box<dyn Registry>>) = match (&store, network) {
+            (Some(store), _) => ("embedded", Some(Box::new(EmbeddedRegistry::new(store.clone())))),
+            (None, Some(network)) => {
+                let invitation = start.token.as_ref().map(|t| Invitation { id: t.id, secret: t.secret.clone() });
+                let dial = dialler(endpoint.clone(), network, ways.clone());
+                let registry = GatewayRegistry::start(dial, invitation, seed);
+                retry = Some(registry.retry_handle());
+                ("gateway", Some(Box::new(registry)))
+            }
+            (None, None) => ("none", None),
+        };
+        Ok(Self { endpoint, relays, registry, kind, store, retry, ways, serving })
+    }
+
+    /// The node was let in: relays and the gateway are shown its approval from here on.
+    pub(super) fn set_approval(&self, approval: &SignedApproval) {
+        let shown = credential(approval);
+        self.relays.set_credential(Some(&shown));
+        self.ways.lock().unwrap_or_else(PoisonError::into_inner).credential = Some(shown);
+    }
+
+    /// The network's document says where the control plane is met.
+    pub(super) fn set_rendezvous(&self, rendezvous: Vec<Rendezvous>) {
+        let mut ways = self.ways.lock().unwrap_or_else(PoisonError::into_inner);
+        // What a token said stays as a last resort: the document's names may not resolve here.
+        ways.rendezvous = merged([rendezvous, std::mem::take(&mut ways.rendezvous)]);
+    }
+
+    /// The host's network changed: what failed may work, what worked may not.
+    pub(super) fn network_changed(&self) {
+        self.relays.network_changed();
+        if let Some(retry) = &self.retry {
+            retry.notify_one();
+        }
+    }
+
+    pub(super) async fn finish(self) {
+        drop(self.registry);
+        self.endpoint.close().await;
+        for task in self.serving {
+            task.abort();
+        }
+    }
+}
+
+/// Ways in order, each once, and no more than are worth dialling in parallel.
+fn merged<const N: usize>(lists: [Vec<Rendezvous>; N]) -> Vec<Rendezvous> {
+    /// A token and a document have at most 8 and 12.
+    const MOST: usize = 20;
+    let mut ways: Vec<Rendezvous> = Vec::new();
+    for way in lists.into_iter().flatten() {
+        if !ways.contains(&way) && ways.len() < MOST {
+            ways.push(way);
+        }
+    }
+    ways
+}
+
+fn open_store(start: &Start, config: &Config) -> anyhow::Result<Store> {
+    let store = Store::open(&start.state.file(REGISTRY_FILE), start.secret.identity())?;
+    store.edit_network(|network| {
+        if !config.relays.is_empty() {
+            network.relays.clone_from(&config.relays);
+        }
+        if !config.gateways.is_empty() {
+            network.gateways.clone_from(&config.gateways);
+        }
+    })?;
+    Ok(store)
+}
+
+fn dialler(endpoint: QuicEndpoint, network: NodeId, ways: Arc<Mutex<Ways>>) -> Dial {
+    Arc::new(move || {
+        let endpoint = endpoint.clone();
+        let (rendezvous, credential) = {
+            let ways = ways.lock().unwrap_or_else(PoisonError::into_inner);
+            (ways.rendezvous.clone(), ways.credential.clone())
+        };
+        Box::pin(async move {
+            match gateway::dial(&endpoint, network, &rendezvous, credential.as_deref(), DIAL_PATIENCE).await {
+                Ok(stream) => Ok(Box::new(stream) as Box<dyn Stream>),
+                Err(error) => Err(error.to_string()),
+            }
+        })
+    })
+}
+
+async fn serve_gateway(gateway: Arc<Gateway>, mut streams: mpsc::Receiver<GatewayStream>) {
+    while let Some(stream) = streams.recv().await {
+        let gateway = gateway.clone();
+        let address = stream.observed.unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], 0)));
+        let caller = Caller { id: stream.peer, address, direct: stream.via == StreamVia::Direct };
+        tokio::spawn(async move { gateway.serve(stream, caller).await });
+    }
+}
+
+fn random_seed() -> anyhow::Result<u64> {
+    let mut seed = [0; 8];
+    getrandom::fill(&mut seed).context("no randomness")?;
+    Ok(u64::from_be_bytes(seed))
+}
+
+/// Tells the control plane that this node leaves, while no daemon runs.
+pub(super) async fn tell_leave(state: &StateDir, membership: &Membership, patience: Duration) -> anyhow::Result<()> {
+    let secret = state.secret()?.context("the secret is missing")?;
+    let snapshot = state.snapshot().ok().flatten().unwrap_or_default();
+    let known = snapshot.network.as_ref().map(|network| network.get().rendezvous()).unwrap_or_default();
+    let ways = merged([known, membership.rendezvous.clone()]);
+    let shown = membership.approval.as_ref().map(credential);
+    let endpoint = QuicEndpoint::bind("[::]:0".parse()?, secret.identity(), EndpointLimits::default())?;
+    let mut stream = gateway::dial(&endpoint, membership.network, &ways, shown.as_deref(), patience).await?;
+    let record = NodeRecord {
+        name: membership.name.clone(),
+        identity: secret.identity().id(),
+        public_key: secret.wireguard(0).public_key(),
+        endpoints: vec![],
+        nat: Nat::Unknown,
+        relays: vec![],
+        routes: vec![],
+        seq: unix_now_ms(),
+    };
+    let record = record.sign(&secret.identity());
+    frames::write(&mut stream, &ToGateway::Attach { version: VERSION, record }, MAX_FRAME).await?;
+    frames::write(&mut stream, &ToGateway::Leave, MAX_FRAME).await?;
+    loop {
+        match frames::read_within(&mut stream, MAX_FRAME, patience).await? {
+            FromGateway::Left => return Ok(()),
+            FromGateway::Refused(refusal) if refusal.code == "not-member" => return Ok(()),
+            FromGateway::Refused(refusal) => bail!(refusal.message),
+            _ => {}
+        }
+    }
+}

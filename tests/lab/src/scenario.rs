@@ -1,0 +1,103 @@
+//! The stories that `keystone-lab` tells. Each builds its network, plays, measures, and claims what must be so.
+
+mod curtain;
+mod home_and_cloud;
+mod join;
+mod joins;
+mod nats;
+mod outage;
+mod stage;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use clap::ValueEnum;
+use serde_json::{Value, json};
+
+use crate::mesh::Program;
+use crate::sandbox::Place;
+use crate::story::Story;
+use crate::{Wire, preflight};
+use stage::Stage;
+
+/// Which story.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Scenario {
+    /// A control plane at home and three workers in clouds become one network; a link fails and heals
+    HomeAndCloud,
+    /// Many machines join, one after the other, each as if it had never been here; how long each takes
+    Joins,
+    /// Control plane and relay are gone for long; what was direct goes on, and a worker restarts meanwhile
+    Outage,
+    /// The lab itself: each kind of NAT, and how a probe finds it; needs no keystone-mesh
+    Nats,
+}
+
+impl Scenario {
+    const fn needs_mesh(self) -> bool {
+        match self {
+            Self::HomeAndCloud | Self::Joins | Self::Outage => true,
+            Self::Nats => false,
+        }
+    }
+}
+
+/// How to play it.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Print one JSON document at the end and nothing else.
+    pub json: bool,
+    /// Stay up when the story is over.
+    pub keep: bool,
+    /// Cables carry frames of at most the MTU.
+    pub ethernet: bool,
+    /// The program under test; None for the one beside this program.
+    pub mesh_bin: Option<PathBuf>,
+    /// How many machines join in each half of [`Scenario::Joins`].
+    pub joins: u32,
+    /// How long [`Scenario::Outage`] lasts.
+    pub outage: Duration,
+}
+
+/// Plays `scenario` inside the sandbox. False if something that it shows is not so, which has then been said.
+pub fn play(scenario: Scenario, options: &Options, place: Place) -> Result<bool> {
+    preflight::check_nftables()?;
+    let program = if scenario.needs_mesh() {
+        preflight::check_tun()?;
+        Some(Program::find(options.mesh_bin.clone())?)
+    } else {
+        None
+    };
+    let start = Instant::now();
+    let mut story = Story::begin(!options.json);
+    let mut stage = Stage::new(if options.ethernet { Wire::Ethernet } else { Wire::Offloaded }, program)?;
+    let played = match scenario {
+        Scenario::HomeAndCloud => home_and_cloud::play(&mut stage, &mut story),
+        Scenario::Joins => joins::play(&mut stage, &mut story, options.joins),
+        Scenario::Outage => outage::play(&mut stage, &mut story, options.outage),
+        Scenario::Nats => nats::play(&mut stage, &mut story),
+    };
+    let (results, broken_off) = match played {
+        Ok(results) => (results, None),
+        Err(err) => (Value::Null, Some(err)),
+    };
+    let error = broken_off.or_else(|| story.verdict().err());
+    if let Some(err) = &error {
+        curtain::report_failure(&stage, err);
+    }
+    if options.json {
+        curtain::print_document(&json!({
+            "scenario": scenario.to_possible_value().map(|value| value.get_name().to_owned()),
+            "ok": error.is_none(),
+            "seconds": start.elapsed().as_secs_f64(),
+            "results": results,
+            "checks": story.checks(),
+            "error": error.as_ref().map(|err| format!("{err:#}")),
+        }))?;
+    }
+    if options.keep {
+        curtain::stay_up(&stage, place);
+    }
+    Ok(error.is_none())
+}
