@@ -1,5 +1,7 @@
 //! Joining, with real QUIC on loopback: who is let in, who is not, and what they are told.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
