@@ -295,7 +295,7 @@ impl PathAgent {
                     active.ponged(&self.base, via, probe.txid, *seen, now);
                 }
             }
-            Message::Punch { addresses } => self.handle_punch(probe.txid, addresses, now),
+            Message::Punch { answer, addresses } => self.handle_punch(*answer, addresses, now),
         }
     }
 
@@ -316,15 +316,16 @@ impl PathAgent {
         }
     }
 
-    fn handle_punch(&mut self, txid: TxId, addresses: &[SocketAddr], now: Instant) {
+    fn handle_punch(&mut self, is_answer: bool, addresses: &[SocketAddr], now: Instant) {
         if self.base.answers.take(now).is_err() {
             return;
         }
         self.wake(now);
-        if let Some(active) = &mut self.active
-            && active.punched(&mut self.base, txid, addresses, now)
-        {
-            active.punch(&mut self.base, Some(txid));
+        if let Some(active) = &mut self.active {
+            active.punched(&mut self.base, addresses, now);
+            if !is_answer {
+                active.punch(&mut self.base, true);
+            }
         }
     }
 

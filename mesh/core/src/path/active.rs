@@ -82,7 +82,6 @@ pub(super) struct Active {
     pub(super) rounds: usize,
     last_round: Option<Instant>,
     next_round: Option<Instant>,
-    punched: Option<TxId>,
 
     // --- selection ---
     selected_at: Instant,
@@ -109,7 +108,6 @@ impl Active {
             rounds: 0,
             last_round: None,
             next_round: Some(now),
-            punched: None,
             selected_at: now,
             patience: PATIENCE,
             challenge: None,
@@ -261,8 +259,8 @@ impl Active {
         }
     }
 
-    /// The peer probes us as of now, and says from where. Returns whether it wants to be told our addresses.
-    pub(super) fn punched(&mut self, base: &mut Base, txid: TxId, addresses: &[SocketAddr], now: Instant) -> bool {
+    /// The peer probes us as of now, and says from where.
+    pub(super) fn punched(&mut self, base: &mut Base, addresses: &[SocketAddr], now: Instant) {
         self.peer_wants(now);
         for addr in addresses.iter().filter(|addr| base.may_probe(**addr)) {
             self.ways.admit(*addr, Origin::Punched, now);
@@ -278,7 +276,6 @@ impl Active {
             // This is the first round, begun by the other end.
             self.start_round(base, false, now);
         }
-        self.punched != Some(txid)
     }
 
     /// The way that something came by, added if it is a direct one.
@@ -346,7 +343,7 @@ impl Active {
     fn start_round(&mut self, base: &mut Base, punch: bool, now: Instant) {
         self.ways.iter_mut().for_each(|way| way.reach(now));
         if punch && base.probes.take(now).is_ok() {
-            self.punch(base, None);
+            self.punch(base, false);
         }
         let gap = ROUNDS[self.rounds.min(ROUNDS.len() - 1)];
         let gap = match base.selected {
@@ -360,15 +357,12 @@ impl Active {
         self.next_round = Some(now + base.draw.jitter(gap));
     }
 
-    /// Tells the peer through the best relay to probe us: with a fresh id, or the one of the punch that it answers.
-    pub(super) fn punch(&mut self, base: &mut Base, answers: Option<TxId>) {
+    /// Tells the peer through the best relay to probe us.
+    pub(super) fn punch(&mut self, base: &mut Base, answer: bool) {
         let Some(relay) = self.best_relay().map(Via::Relay) else { return };
-        let txid = answers.unwrap_or_else(|| base.draw.txid());
-        if answers.is_none() {
-            self.punched = Some(txid);
-        }
+        let txid = base.draw.txid();
         let addresses = base.own_addresses();
-        base.send(relay, txid, Message::Punch { addresses }, 0);
+        base.send(relay, txid, Message::Punch { answer, addresses }, 0);
     }
 
     // --- checks ---

@@ -292,7 +292,6 @@ impl Way {
             self.died = Some(now);
             let forgiven = self.usable_since.is_none_or(|since| now >= since + PROBATION);
             self.deaths = if forgiven { 1 } else { self.deaths.saturating_add(1) };
-            self.rtt = Rtt::default();
         }
         died
     }

@@ -48,7 +48,6 @@ pub struct Node {
     pub v4: SocketAddr,
     pub v6: Option<SocketAddr>,
     nat: Option<usize>,
-    secret: PrivateKey,
     key: ProbeKey,
     config: Arc<Config>,
 
@@ -317,8 +316,8 @@ impl World {
                 return false;
             }
             Event::Sample(n) => {
-                self.nodes[n].sample(now);
                 self.at(now + SAMPLE, Event::Sample(n));
+                return self.nodes[n].sample(now);
             }
             Event::Flow { n, generation } => {
                 let Some((period, current)) = self.nodes[n].flow else { return false };
@@ -468,7 +467,6 @@ impl Node {
             v4: SocketAddr::from((ip, 51840)),
             v6: None,
             nat,
-            secret: secrets[n].clone(),
             key: ProbeKey::agree(&secrets[n], &secrets[1 - n].public_key()).unwrap(),
             config,
             selected: None,
@@ -487,7 +485,7 @@ impl Node {
 
     fn probed(&mut self, via: Via, bytes: &[u8], now: Instant) {
         let Ok(unverified) = Unverified::parse(bytes) else { return };
-        if unverified.sender() == KeyHint::of(&self.secret.public_key()) {
+        if unverified.sender() == self.config.own {
             return;
         }
         let Ok(probe) = unverified.verify(&self.key) else { return };
@@ -500,13 +498,15 @@ impl Node {
         self.agent.handle_probe(via, &probe, bytes.len(), now);
     }
 
-    fn sample(&mut self, now: Instant) {
+    fn sample(&mut self, now: Instant) -> bool {
+        let news = self.received.is_some() || self.sent;
         if let Some(via) = self.received.take() {
             self.agent.handle_received(via, now);
         }
         if std::mem::take(&mut self.sent) {
             self.agent.handle_sent(now);
         }
+        news
     }
 
     fn select(&mut self, via: Option<Via>, now: Instant) {
