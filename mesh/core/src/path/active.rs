@@ -22,7 +22,7 @@ use crate::probe::{Message, TxId};
 // --- how long a peer stays wanted ---
 
 /// Without traffic either way, the agent goes idle.
-pub(super) const IDLE_AFTER: Duration = Duration::from_secs(300);
+const IDLE_AFTER: Duration = Duration::from_secs(300);
 /// The peer wants the path for this long after it said so; four of its keepalives.
 const PEER_WANTS_FOR: Duration = Duration::from_secs(60);
 
@@ -226,7 +226,10 @@ impl Active {
         }
         if let Some(way) = self.heard_from(base, via, now) {
             way.carried(now);
-            way.reach(now);
+            // Where this direction is too narrow and the other is not, packets keep coming: no reason to ask again.
+            if way.phase != Phase::TooNarrow {
+                way.reach(now);
+            }
         }
     }
 

@@ -261,7 +261,7 @@ fn a_path_that_is_hardly_used_outlives_the_nats_timeout() {
 #[test]
 fn a_way_that_becomes_too_narrow_is_left() {
     let mut world = established([PORT_RESTRICTED, FULL_CONE], 1);
-    world.net.largest = 1200;
+    world.net.largest = [1200; 2];
     let took = world.run_until(secs(2), |world| !world.direct(0) && !world.direct(1));
     assert!(took.is_some_and(|took: Duration| took <= secs(1)), "{took:?}");
     world.run(secs(20));

@@ -85,8 +85,8 @@ pub struct Net {
     pub up: [bool; 2],
     pub v6_up: bool,
     pub lan_up: bool,
-    /// UDP payload that passes directly.
-    pub largest: usize,
+    /// UDP payload that passes directly, from the first node to the second and back.
+    pub largest: [usize; 2],
 }
 
 pub struct World {
@@ -138,7 +138,7 @@ impl World {
             up: [true; 2],
             v6_up: true,
             lan_up: true,
-            largest: 1500 - 28,
+            largest: [1500 - 28; 2],
         };
         let mut world = Self {
             now: start,
@@ -398,7 +398,7 @@ impl World {
         let peer = 1 - from;
         let (own4, own6) = (self.nodes[from].v4, self.nodes[from].v6);
         if to.is_ipv6() {
-            let passes = self.net.v6_up && self.nodes[peer].v6 == Some(to) && self.passes(len);
+            let passes = self.net.v6_up && self.nodes[peer].v6 == Some(to) && self.passes(from, len);
             return own6.filter(|_| passes).map(|own| (own, self.net.latency));
         }
         let same_lan = self.nodes[from].nat.is_some() && self.nodes[from].nat == self.nodes[peer].nat;
@@ -409,7 +409,7 @@ impl World {
             return None;
         }
         let source = self.external(from, to);
-        if !self.net.up[from] || !self.passes(len) {
+        if !self.net.up[from] || !self.passes(from, len) {
             return None;
         }
         let inner = match self.nats.iter_mut().position(|nat| nat.public == to.ip()) {
@@ -434,8 +434,8 @@ impl World {
         }
     }
 
-    fn passes(&mut self, len: usize) -> bool {
-        len <= self.net.largest && self.rng.below(1000) >= self.net.loss
+    fn passes(&mut self, from: usize, len: usize) -> bool {
+        len <= self.net.largest[from] && self.rng.below(1000) >= self.net.loss
     }
 
     /// The address that `to` would see node `n` at; opens the mapping.
