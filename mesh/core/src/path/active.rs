@@ -40,6 +40,9 @@ const ROUND_GAP: Duration = Duration::from_secs(1);
 /// After the last of [`ROUNDS`], rounds wait until there was traffic within this.
 const ROUND_TRAFFIC: Duration = Duration::from_secs(120);
 
+/// A way on which full-size pings were lost is asked again on the peer's account only after this.
+const NARROW_REST: Duration = Duration::from_secs(30);
+
 // --- checks ---
 
 /// The selected way. RFC 4787 asks NATs to keep a mapping for 2 minutes; 30 s is seen in the field, and a keepalive
@@ -242,7 +245,7 @@ impl Active {
         match way.phase {
             Phase::Untried | Phase::Reaching | Phase::Silent => way.reach_now(now),
             // Small pings pass, that is known; two ends asking each other again about it would never stop.
-            Phase::TooNarrow if full_size => way.reach(now),
+            Phase::TooNarrow if full_size && way.narrow.is_none_or(|at| now >= at + NARROW_REST) => way.reach(now),
             Phase::TooNarrow | Phase::Sizing | Phase::Usable => {}
         }
     }
