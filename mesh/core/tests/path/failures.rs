@@ -196,8 +196,10 @@ fn a_node_restarted_while_the_relay_is_away_finds_its_direct_way_by_the_hint() {
 
 #[test]
 fn jitter_does_not_make_traffic_flap_between_equal_ways() {
-    for seed in 0..10 {
-        let mut world = World::without_records([Place::Public, Place::Public], seed);
+    const SEEDS: usize = 10;
+    let mut moves = 0;
+    for seed in 0..SEEDS {
+        let mut world = World::without_records([Place::Public, Place::Public], seed as u64);
         for n in 0..2 {
             world.nodes[n].v6 = Some(format!("[2001:db8::{}]:51840", n + 1).parse().unwrap());
         }
@@ -206,12 +208,11 @@ fn jitter_does_not_make_traffic_flap_between_equal_ways() {
         world.flow(0, ms(300));
         world.flow(1, ms(300));
         world.run(secs(3600));
-        for node in &world.nodes {
-            let moves = node.selections.len();
-            let told: Vec<_> = node.selections.iter().map(|(at, via)| (*at - world.start, via)).collect();
-            assert!(moves <= 5, "seed {seed}: {moves} moves in an hour: {told:?}");
-        }
+        // The first two selections are the relay, and away from it.
+        moves += world.nodes.iter().map(|node| node.selections.len() - 2).sum::<usize>();
     }
+    // Round trips between 40 and 160 ms: chance alone may still move a node once in an hour.
+    assert!(moves <= 2 * SEEDS, "{moves} moves in {} hours", 2 * SEEDS);
 }
 
 #[test]
