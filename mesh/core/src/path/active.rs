@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::ladder::{Purpose, Step};
 use super::score::{Verdict, judge};
-use super::way::{Answer, Origin, Phase, Way};
+use super::way::{Origin, Phase, Way};
 use super::ways::Ways;
 use super::{Base, TimeoutReason};
 use crate::io::Via;
@@ -252,16 +252,13 @@ impl Active {
 
     pub(super) fn ponged(&mut self, base: &Base, via: Via, txid: TxId, seen: Option<SocketAddr>, now: Instant) {
         let strict = base.selected.is_some_and(|selected| selected != via);
-        let answer = self.ways.get_mut(via).map_or(Answer::Unknown, |way| way.answered(txid, seen, strict, now));
-        match answer {
-            Answer::Progress | Answer::Usable => self.measured = true,
+        if self.ways.get_mut(via).is_some_and(|way| way.answered(txid, seen, strict, now)) {
+            self.measured = true;
+        } else if self.ways.iter().any(|way| way.awaits(txid))
+            && let Some(way) = self.heard_from(base, via, now)
+        {
             // The answer left by another address than the question came to. Not a way until it is asked itself.
-            Answer::Unknown if self.ways.iter().any(|way| way.awaits(txid)) => {
-                if let Some(way) = self.heard_from(base, via, now) {
-                    way.reach(now);
-                }
-            }
-            Answer::Unknown => {}
+            way.reach(now);
         }
     }
 
