@@ -25,6 +25,7 @@
 //! | [`mesh`] | the machine that composes the above for one node |
 
 pub mod admission;
+pub mod allowed_ips;
 pub mod backoff;
 pub mod facts;
 pub mod gateway;
@@ -42,5 +43,6 @@ pub mod throttle;
 pub mod token;
 pub mod wire;
 
+pub use allowed_ips::AllowedIps;
 pub use io::{DropReason, PeerConfig, PeerOp, Via};
 pub use key::{Identity, NodeId, PresharedKey, PrivateKey, PublicKey, Secret, Signature};

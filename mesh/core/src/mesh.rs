@@ -105,9 +105,9 @@ pub enum Output {
 pub struct Counters {
     /// The peer.
     pub peer: PublicKey,
-    /// Data packets sent so far.
+    /// What was sent so far; bytes will do.
     pub sent: u64,
-    /// Authenticated data packets received so far.
+    /// What authenticated packets brought so far; bytes will do.
     pub received: u64,
     /// Where the latest of them came from.
     pub received_via: Option<Via>,

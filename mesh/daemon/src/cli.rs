@@ -19,12 +19,25 @@ use crate::config::{Options, Places};
 
 /// Joins machines behind NAT into one network: userspace WireGuard, direct where possible and relayed where not
 #[derive(Parser, Debug)]
-#[command(name = "keystone-mesh", version, propagate_version = true, disable_help_subcommand = true, max_term_width = 110)]
+#[command(
+    name = "keystone-mesh",
+    version,
+    propagate_version = true,
+    disable_help_subcommand = true,
+    max_term_width = 110
+)]
 pub struct Cli {
     #[command(flatten)]
     places: Places,
     /// What is logged, to standard error: error, warn, info, debug, trace, or as in `info,keystone_mesh::relay=debug`
-    #[arg(long, env = "KEYSTONE_MESH_LOG", default_value = "info", value_name = "FILTER", global = true, hide_default_value = true)]
+    #[arg(
+        long,
+        env = "KEYSTONE_MESH_LOG",
+        default_value = "info",
+        value_name = "FILTER",
+        global = true,
+        hide_default_value = true
+    )]
     log: String,
     #[command(subcommand)]
     command: Command,

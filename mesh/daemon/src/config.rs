@@ -4,7 +4,6 @@
 //! --help` and `docs/configuration.md` describe every field; a test holds the page to this file.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
@@ -63,9 +62,6 @@ pub struct Options {
     /// Name of the TUN interface, at most 15 characters [default: ksmesh0]
     #[arg(long, env = "KEYSTONE_MESH_INTERFACE", value_name = "IF")]
     pub interface: Option<String>,
-    /// Address to bind; `::` takes IPv4 and IPv6 [default: ::]
-    #[arg(long, env = "KEYSTONE_MESH_LISTEN_ADDRESS", value_name = "ADDRESS")]
-    pub listen_address: Option<IpAddr>,
     /// UDP port of WireGuard, relay, gateway and probes; 0 lets the system choose [default: 51840]
     #[arg(long, env = "KEYSTONE_MESH_LISTEN_PORT", value_name = "PORT")]
     pub listen_port: Option<u16>,
@@ -151,8 +147,8 @@ pub struct Config {
     pub name: Option<NodeName>,
     /// Name of the TUN interface.
     pub interface: String,
-    /// Where the UDP socket is bound.
-    pub listen: SocketAddr,
+    /// UDP port of WireGuard, relay, gateway and probes.
+    pub listen_port: u16,
     /// MTU of the interface.
     pub mtu: u16,
     /// Worker pairs.
@@ -217,10 +213,7 @@ impl Config {
         Ok(Self {
             name: options.name,
             interface,
-            listen: SocketAddr::new(
-                options.listen_address.unwrap_or(Ipv6Addr::UNSPECIFIED.into()),
-                options.listen_port.unwrap_or(DEFAULT_PORT),
-            ),
+            listen_port: options.listen_port.unwrap_or(DEFAULT_PORT),
             mtu,
             shards,
             endpoints: options.endpoints,
@@ -243,7 +236,6 @@ fn merge(over: Options, base: Options) -> Options {
     Options {
         name: over.name.or(base.name),
         interface: over.interface.or(base.interface),
-        listen_address: over.listen_address.or(base.listen_address),
         listen_port: over.listen_port.or(base.listen_port),
         mtu: over.mtu.or(base.mtu),
         shards: over.shards.or(base.shards),
@@ -306,7 +298,7 @@ mod tests {
     fn defaults_hold_without_a_file() {
         let config = Config::load(Options::default(), None).unwrap();
         assert_eq!((config.interface.as_str(), config.mtu, config.shards), ("ksmesh0", 1280, 1));
-        assert_eq!(config.listen.to_string(), "[::]:51840");
+        assert_eq!(config.listen_port, 51840);
         assert_eq!(config.on_stop, OnStop::Keep);
     }
 
@@ -315,7 +307,7 @@ mod tests {
         let file: Options = toml::from_str("mtu = 1400\nlisten_port = 1\nroutes = ['10.42.0.0/24']").unwrap();
         let flags = Options { mtu: Some(1300), ..Options::default() };
         let config = Config::validate(merge(flags, file)).unwrap();
-        assert_eq!((config.mtu, config.listen.port(), config.routes.len()), (1300, 1, 1));
+        assert_eq!((config.mtu, config.listen_port, config.routes.len()), (1300, 1, 1));
     }
 
     #[test]

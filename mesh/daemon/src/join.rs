@@ -31,13 +31,19 @@ pub async fn join(
         return Ok(membership);
     }
     let secret = state.secret_or_create()?;
-    let endpoint = QuicEndpoint::bind("[::]:0".parse()?, secret.identity(), EndpointLimits::default())
-        .or_else(|_| QuicEndpoint::bind("0.0.0.0:0".parse()?, secret.identity(), EndpointLimits::default()).map_err(anyhow::Error::from))?;
+    let endpoint =
+        QuicEndpoint::bind("[::]:0".parse()?, secret.identity(), EndpointLimits::default()).or_else(|_| {
+            QuicEndpoint::bind("0.0.0.0:0".parse()?, secret.identity(), EndpointLimits::default())
+                .map_err(anyhow::Error::from)
+        })?;
     let mut stream = gateway::dial(&endpoint, token.network, &token.rendezvous, None, patience).await?;
     let record = first_record(&secret, name.clone(), &token.rendezvous, routes).sign(&secret.identity());
     let request = ToGateway::Join { version: VERSION, token: token.id, secret: token.secret.clone(), record };
     frames::write(&mut stream, &request, MAX_FRAME).await?;
-    let approval = match frames::read_within(&mut stream, MAX_FRAME, patience).await.context("no answer from the control plane")? {
+    let approval = match frames::read_within(&mut stream, MAX_FRAME, patience)
+        .await
+        .context("no answer from the control plane")?
+    {
         FromGateway::Joined { approval } => approval,
         FromGateway::Refused(refusal) => bail!("{}", refusal.message),
         other => bail!("the control plane answered something else: {other:?}"),

@@ -2,15 +2,24 @@
 //!
 //! Drivers only: they turn the world into inputs for `keystone-mesh-core` and its outputs into effects.
 
+pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod control;
+pub mod daemon;
 pub mod dataplane;
+pub mod join;
 pub mod kernel;
+pub mod member;
+pub mod preflight;
 pub mod quic;
 pub mod registry;
+pub mod relay;
 pub mod service;
+pub mod signals;
 pub mod state;
 pub mod status;
 pub mod store;
 pub mod sys;
+pub mod tun;
+pub mod udp;

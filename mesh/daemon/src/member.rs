@@ -141,5 +141,8 @@ pub fn host_name() -> anyhow::Result<NodeName> {
     let name = nix::unistd::gethostname()?.to_string_lossy().into_owned();
     let lower = name.to_ascii_lowercase();
     let first = lower.split('.').next().unwrap_or_default();
-    lower.parse().or_else(|_| first.parse()).with_context(|| format!("the host name `{name}` is no node name; give one with --name"))
+    lower
+        .parse()
+        .or_else(|_| first.parse())
+        .with_context(|| format!("the host name `{name}` is no node name; give one with --name"))
 }

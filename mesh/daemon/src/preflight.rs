@@ -26,7 +26,8 @@ pub fn host() -> Vec<Finding> {
 
 /// The failed checks that make a start impossible, as one error.
 pub fn require() -> anyhow::Result<()> {
-    let failed: Vec<String> = [net_admin(), tun()].into_iter().filter(|finding| !finding.ok).map(|finding| finding.says).collect();
+    let failed: Vec<String> =
+        [net_admin(), tun()].into_iter().filter(|finding| !finding.ok).map(|finding| finding.says).collect();
     if failed.is_empty() { Ok(()) } else { anyhow::bail!(failed.join("; and ")) }
 }
 
@@ -55,7 +56,9 @@ fn tun() -> Finding {
             false,
             "/dev/net/tun is missing: run `modprobe tun`, or in a container mount the host's /dev/net/tun".to_owned(),
         ),
-        Err(error) => (false, format!("/dev/net/tun does not open ({error}): give this user or container access to it")),
+        Err(error) => {
+            (false, format!("/dev/net/tun does not open ({error}): give this user or container access to it"))
+        }
     };
     Finding { check: "tun", ok, says }
 }

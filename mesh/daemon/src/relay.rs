@@ -14,8 +14,9 @@ use crate::signals::Stop;
 /// Runs until it is asked to stop.
 pub async fn run(identity: Identity, network: NodeId, listen: std::net::SocketAddr) -> anyhow::Result<()> {
     let id = identity.id();
-    let endpoint = QuicEndpoint::bind(listen, identity, EndpointLimits::default())
-        .with_context(|| format!("cannot bind UDP {listen}: is another relay or daemon running here? choose another --listen"))?;
+    let endpoint = QuicEndpoint::bind(listen, identity, EndpointLimits::default()).with_context(|| {
+        format!("cannot bind UDP {listen}: is another relay or daemon running here? choose another --listen")
+    })?;
     let mut config = RelayServerConfig::standalone(network, verifier(network));
     // A hundred workers behind one cloud NAT gateway come from one address.
     config.limits = keystone_mesh_core::relay::AdmissionLimits::default();

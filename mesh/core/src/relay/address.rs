@@ -8,7 +8,6 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
-
 use crate::key::{KeyError, NodeId, serde_as_text};
 
 /// Addresses that one relay may have.

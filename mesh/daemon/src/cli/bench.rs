@@ -53,7 +53,9 @@ pub(super) async fn ping(places: &Places, args: &PingArgs) -> anyhow::Result<Exi
     }
     let answered = replies.iter().filter(|reply| reply.rtt_ms.is_some()).count();
     if args.json {
-        print_json(&serde_json::json!({ "node": args.node, "sent": replies.len(), "answered": answered, "replies": replies }))?;
+        print_json(
+            &serde_json::json!({ "node": args.node, "sent": replies.len(), "answered": answered, "replies": replies }),
+        )?;
     } else {
         print(&format!("{} of {} answered\n", answered, replies.len()))?;
     }
@@ -146,8 +148,10 @@ async fn latency(address: IpAddr) -> anyhow::Result<Latency> {
     }
     let lost = ECHOES - u32::try_from(times.len()).unwrap_or(ECHOES);
     times.sort_by(f64::total_cmp);
-    let at = |share: f64| times.get(((times.len() as f64 * share) as usize).min(times.len().saturating_sub(1))).copied();
-    let none = || anyhow!("no echo came back: the mesh does not carry traffic to this node; see `keystone-mesh doctor`");
+    let at =
+        |share: f64| times.get(((times.len() as f64 * share) as usize).min(times.len().saturating_sub(1))).copied();
+    let none =
+        || anyhow!("no echo came back: the mesh does not carry traffic to this node; see `keystone-mesh doctor`");
     Ok(Latency { p50: at(0.5).ok_or_else(none)?, p99: at(0.99).ok_or_else(none)?, lost })
 }
 

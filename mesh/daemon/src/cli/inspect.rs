@@ -46,7 +46,14 @@ fn head(status: &Status) -> String {
     fact("interface", format!("{} (MTU {}), UDP port {}", node.interface, node.mtu, node.listen_port));
     if let Some(network) = node.network {
         fact("network", network.to_string());
-        fact("nat", format!("{}{}", node.nat, if node.endpoints.is_empty() { String::new() } else { format!("; {}", node.endpoints.join(", ")) }));
+        fact(
+            "nat",
+            format!(
+                "{}{}",
+                node.nat,
+                if node.endpoints.is_empty() { String::new() } else { format!("; {}", node.endpoints.join(", ")) }
+            ),
+        );
         let reason = status.registry.reason.as_ref().map_or(String::new(), |why| format!(": {why}"));
         fact("registry", format!("{}, {}{reason}", status.registry.kind, status.registry.state));
     }
@@ -58,7 +65,8 @@ fn head(status: &Status) -> String {
     for warning in &status.warnings {
         fact("warning", warning.clone());
     }
-    let drops: Vec<String> = status.data_plane.drops.iter().map(|(reason, count)| format!("{reason} {count}")).collect();
+    let drops: Vec<String> =
+        status.data_plane.drops.iter().map(|(reason, count)| format!("{reason} {count}")).collect();
     if !drops.is_empty() {
         fact("drops", drops.join(", "));
     }

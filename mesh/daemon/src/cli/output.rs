@@ -47,7 +47,11 @@ pub(super) fn start_log(filter: &str) {
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal())
         .with_target(false);
-    if under_systemd { log.without_time().init() } else { log.init() }
+    if under_systemd {
+        log.without_time().init()
+    } else {
+        log.init()
+    }
     if let Some(error) = wrong {
         tracing::warn!(%error, "the log filter is not understood; using info");
     }

@@ -23,7 +23,10 @@ pub(super) struct Resolved {
 }
 
 /// Resolves for ever; the task ends when the receiver does.
-pub(super) fn start(own: Vec<HostPort>, plain: Vec<(PublicKey, HostPort)>) -> (mpsc::Receiver<Resolved>, JoinHandle<()>) {
+pub(super) fn start(
+    own: Vec<HostPort>,
+    plain: Vec<(PublicKey, HostPort)>,
+) -> (mpsc::Receiver<Resolved>, JoinHandle<()>) {
     let (tell, resolved) = mpsc::channel(1);
     let task = tokio::spawn(async move {
         let mut told = None;

@@ -1,7 +1,6 @@
 //! The driver of the node's machine: every event becomes an input, every output an effect. No policy.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use keystone_mesh_core::Via;
@@ -10,17 +9,17 @@ use keystone_mesh_core::mesh::{Counters, Mesh, Output, with_port};
 use keystone_mesh_core::network::SignedNetwork;
 use keystone_mesh_core::node::{Entry, NodeRecord, SignedApproval};
 use keystone_mesh_core::relay::RelayAddr;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::addresses::{self, Resolved};
-use super::keeper::Keeper;
+use super::keeper::{Keeper, KeeperEvent};
 use super::saver::Saver;
 use super::uplink::Uplink;
-use super::{End, Start, hints, report};
+use super::{End, Local, Start, hints, report};
 use crate::clock::unix_now_ms;
 use crate::config::Config;
 use crate::control::{Answer, Call, Request};
-use crate::dataplane::{DataEvent, DataPlane};
+use crate::dataplane::DataEvent;
 use crate::join;
 use crate::member;
 use crate::quic::relay_client::RelayState;
@@ -51,10 +50,9 @@ pub(super) struct Driver {
     pub(super) start: Start,
     pub(super) config: Config,
     pub(super) mesh: Mesh,
-    pub(super) plane: Arc<DataPlane>,
+    pub(super) local: Local,
     pub(super) uplink: Uplink,
     pub(super) keeper: Keeper,
-    pub(super) started: Instant,
 
     // --- what was heard ---
     pub(super) registry_state: RegistryState,
@@ -73,15 +71,7 @@ pub(super) struct Driver {
 }
 
 impl Driver {
-    pub(super) fn new(
-        start: Start,
-        config: Config,
-        mesh: Mesh,
-        plane: Arc<DataPlane>,
-        uplink: Uplink,
-        keeper: Keeper,
-        started: Instant,
-    ) -> Self {
+    pub(super) fn new(start: Start, config: Config, mesh: Mesh, local: Local, uplink: Uplink, keeper: Keeper) -> Self {
         let endpoints = config.plain_peers.iter().filter_map(|p| Some((p.config.key, p.endpoint.clone()?))).collect();
         let (resolved, _) = addresses::start(config.endpoints.clone(), endpoints);
         let registry_state = if uplink.registry.is_some() { RegistryState::Waiting } else { RegistryState::None };
@@ -91,10 +81,9 @@ impl Driver {
             start,
             config,
             mesh,
-            plane,
+            local,
             uplink,
             keeper,
-            started,
             registry_state,
             signed_network: None,
             relay_changes,
@@ -142,13 +131,18 @@ impl Driver {
                     tracing::info!(signal, "stopping");
                     return Ok(End::Stopped);
                 }
-                Some(event) = events.recv() => self.data_event(event),
+                Some(event) = events.recv() => match event {
+                    DataEvent::TunLost => return Ok(End::InterfaceLost),
+                    event => self.data_event(event),
+                },
                 event = next_event(&mut self.uplink) => self.registry_event(event)?,
                 _ = self.relay_changes.changed() => self.relays_changed(),
-                addresses = self.keeper.addresses_changed() => self.host_addresses(addresses),
-                () = self.keeper.applied() => self.restart_service(),
+                event = self.keeper.next() => match event {
+                    KeeperEvent::HostAddresses(addresses) => self.host_addresses(addresses),
+                    KeeperEvent::Applied => self.restart_service(),
+                },
                 Some(resolved) = self.resolved.recv() => self.resolved(resolved),
-                Some(call) = calls.recv() => if self.call(call).await? { return Ok(End::Left) },
+                Some(call) = calls.recv() => if let Some(asker) = self.call(call).await { return Ok(End::Left(asker)) },
                 () = tokio::time::sleep_until(timeout.into()) => {}
             }
             let now = Instant::now();
@@ -164,7 +158,7 @@ impl Driver {
     }
 
     /// Writes what is left to write and says goodbye.
-    pub(super) async fn finish(mut self) {
+    pub(super) async fn finish(self) {
         self.save();
         drop(self.service);
         drop(self.keeper);
@@ -185,6 +179,7 @@ impl Driver {
             DataEvent::Demand { peer } => self.mesh.handle_demand(&peer, now),
             DataEvent::Roamed { peer, via } => self.mesh.handle_roamed(&peer, via, now),
             DataEvent::Handshake { peer } => self.mesh.handle_session(&peer),
+            DataEvent::TunLost => {}
         }
     }
 
@@ -282,7 +277,7 @@ impl Driver {
 
     fn host_addresses(&mut self, addresses: Vec<IpAddr>) {
         let known = !self.mesh.location().0.is_empty();
-        self.mesh.handle_host_addresses(with_port(addresses, self.plane.local_addr().port()), Instant::now());
+        self.mesh.handle_host_addresses(with_port(addresses, self.local.port), Instant::now());
         if known {
             self.uplink.network_changed();
         }
@@ -299,7 +294,13 @@ impl Driver {
     }
 
     fn sample(&mut self, now: Instant) {
-        let counters: Vec<Counters> = self.plane.counters();
+        let counters = self.local.plane.stats().peers.into_iter().map(|peer| Counters {
+            peer: peer.key,
+            sent: peer.tx_bytes,
+            received: peer.rx_bytes,
+            received_via: peer.received_via,
+        });
+        let counters: Vec<Counters> = counters.collect();
         self.mesh.handle_counters(&counters, now);
     }
 
@@ -308,17 +309,18 @@ impl Driver {
     fn drain(&mut self, now: Instant) {
         loop {
             match self.mesh.poll_output(now) {
-                Output::Peers(ops) => self.plane.apply(&ops),
+                Output::Peers(ops) => self.local.plane.apply(&ops),
                 Output::Kernel { addresses, routes } => self.set_kernel(addresses, &routes),
                 Output::Relays(relays) => {
                     self.uplink.relays.set_relays(&relays);
                     self.relays = relays;
                 }
                 Output::SetPath { peer, via } => {
+                    // False: the peer went in the same breath, and its removal is the next output.
                     tracing::debug!(%peer, via = via.map(tracing::field::display), "path");
-                    self.plane.set_path(&peer, via);
+                    self.local.plane.set_path(&peer, via);
                 }
-                Output::StartHandshake(peer) => self.plane.start_handshake(&peer),
+                Output::StartHandshake(peer) => drop(self.local.plane.start_handshake(&peer)),
                 Output::SendProbe { to, via, bytes } => self.send_probe(to, via, &bytes),
                 Output::Publish(record) => self.publish(record),
                 Output::Save => self.dirty = true,
@@ -355,7 +357,7 @@ impl Driver {
 
     fn send_probe(&self, to: Option<keystone_mesh_core::NodeId>, via: Via, bytes: &[u8]) {
         match (via, to) {
-            (Via::Direct(addr), _) => self.plane.send_probe(addr, bytes),
+            (Via::Direct(addr), _) => self.local.plane.send_probe(addr, bytes),
             (Via::Relay(relay), Some(to)) => drop(self.uplink.relays.send(relay, to, &mut std::iter::once(bytes))),
             (Via::Relay(_), None) => {}
         }
@@ -384,10 +386,9 @@ impl Driver {
 
     // --- the control socket ---
 
-    /// Answers a call; true where the node has left.
-    async fn call(&mut self, call: Call) -> anyhow::Result<bool> {
+    /// Answers a call; where the node has left by it, gives back whom to answer in the end.
+    async fn call(&mut self, call: Call) -> Option<oneshot::Sender<Answer>> {
         let Call { request, answer } = call;
-        let mut left = false;
         let said = match request {
             Request::Status => Answer::Status(Box::new(report::status(self, Instant::now()))),
             Request::Connect { name } => match self.mesh.peer_named(&name) {
@@ -398,10 +399,7 @@ impl Driver {
                 None => failed(format!("there is no peer `{name}`")),
             },
             Request::Leave { force } => match self.leave(force).await {
-                Ok(()) => {
-                    left = true;
-                    Answer::Done
-                }
+                Ok(()) => return Some(answer),
                 Err(message) => failed(message),
             },
             request @ (Request::TokenCreate { .. }
@@ -413,7 +411,7 @@ impl Driver {
             },
         };
         let _ = answer.send(said);
-        Ok(left)
+        None
     }
 
     async fn leave(&mut self, force: bool) -> Result<(), String> {

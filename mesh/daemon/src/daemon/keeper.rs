@@ -21,6 +21,15 @@ pub(super) struct Keeper {
     task: JoinHandle<()>,
 }
 
+/// What the keeper tells.
+#[derive(Debug)]
+pub(super) enum KeeperEvent {
+    /// The host's own addresses, first and after every change.
+    HostAddresses(Vec<IpAddr>),
+    /// The desired state was applied: the addresses are on the interface.
+    Applied,
+}
+
 impl Drop for Keeper {
     fn drop(&mut self) {
         self.task.abort();
@@ -42,22 +51,22 @@ impl Keeper {
         });
     }
 
-    /// The host's own addresses, where they have been read; wakes on every change. Cancel-safe.
-    pub(super) async fn addresses_changed(&mut self) -> Vec<IpAddr> {
+    /// The next event. Cancel-safe.
+    pub(super) async fn next(&mut self) -> KeeperEvent {
         loop {
-            if self.addresses.changed().await.is_err() {
+            let alive = tokio::select! {
+                changed = self.addresses.changed() => changed.is_ok(),
+                changed = self.applied.changed() => match changed {
+                    Ok(()) => return KeeperEvent::Applied,
+                    Err(_) => false,
+                },
+            };
+            if !alive {
                 std::future::pending::<()>().await;
             }
             if let Some(addresses) = self.addresses.borrow_and_update().clone() {
-                return addresses;
+                return KeeperEvent::HostAddresses(addresses);
             }
-        }
-    }
-
-    /// Wakes when the desired state was applied: addresses are on the interface then. Cancel-safe.
-    pub(super) async fn applied(&mut self) {
-        if self.applied.changed().await.is_err() {
-            std::future::pending::<()>().await;
         }
     }
 

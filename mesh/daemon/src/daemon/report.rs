@@ -3,8 +3,8 @@
 use std::time::Instant;
 
 use keystone_mesh_core::mesh::PeerStatus;
-use keystone_mesh_core::path::State;
-use keystone_mesh_core::{DropReason, NodeId, Via};
+use keystone_mesh_core::path::{Outcome, State, Tried};
+use keystone_mesh_core::{NodeId, Via};
 
 use super::driver::{Driver, RegistryState};
 use crate::dataplane::{PeerStats, Stats};
@@ -13,7 +13,7 @@ use crate::service::data_plane_cpu;
 use crate::status::{DataPlane, Node, Peer, Registry, Relay, Status};
 
 pub(super) fn status(driver: &Driver, now: Instant) -> Status {
-    let stats = driver.plane.stats();
+    let stats = driver.local.plane.stats();
     let peers = driver.mesh.peers(now).into_iter().map(|peer| describe_peer(driver, peer, &stats, now)).collect();
     let mut warnings = driver.keeper.warnings();
     warnings.extend(driver.mesh.faults().iter().map(ToString::to_string));
@@ -22,11 +22,7 @@ pub(super) fn status(driver: &Driver, now: Instant) -> Status {
         relays: driver.relays.iter().map(|relay| describe_relay(driver, relay)).collect(),
         registry: registry(driver),
         peers,
-        data_plane: DataPlane {
-            live_sessions: stats.live_sessions,
-            drops: drops(&stats),
-            cpu_s: data_plane_cpu(),
-        },
+        data_plane: DataPlane { live_sessions: stats.live_sessions, drops: drops(&stats), cpu_s: data_plane_cpu() },
         warnings,
     }
 }
@@ -38,17 +34,17 @@ fn node(driver: &Driver, now: Instant) -> Node {
         name: driver.start.name.clone(),
         network: membership.map(|membership| membership.network),
         identity: driver.start.secret.identity().id(),
-        public_key: driver.plane.public_key(),
+        public_key: driver.local.public_key,
         addresses: driver.mesh.addresses(),
         control_plane: membership.is_some_and(|membership| membership.control_plane),
         interface: driver.config.interface.clone(),
         mtu: driver.config.mtu,
-        listen_port: driver.plane.local_addr().port(),
+        listen_port: driver.local.port,
         endpoints: candidates.iter().map(ToString::to_string).collect(),
         nat,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),
-        uptime_s: now.saturating_duration_since(driver.started).as_secs_f64(),
+        uptime_s: now.saturating_duration_since(driver.local.started).as_secs_f64(),
     }
 }
 
@@ -97,8 +93,22 @@ fn describe_peer(driver: &Driver, peer: PeerStatus, stats: &Stats, now: Instant)
         rx_bytes: counted.map_or(0, |counted| counted.rx_bytes),
         tx_bytes: counted.map_or(0, |counted| counted.tx_bytes),
         reason: peer.path.reason.map(|reason| reason.to_string()),
-        tried: peer.path.tried.iter().map(ToString::to_string).collect(),
+        tried: peer.path.tried.iter().map(|tried| describe_tried(driver, tried)).collect(),
     }
+}
+
+fn describe_tried(driver: &Driver, tried: &Tried) -> String {
+    let outcome = match tried.outcome {
+        Outcome::Untried => "not tried",
+        Outcome::Probing => "being probed",
+        Outcome::Silent => "no answer",
+        Outcome::LargeProbesLost => "answers small probes only: full-size packets do not pass",
+        Outcome::Died => "stopped working",
+        Outcome::Works => "works",
+    };
+    let rtt = tried.rtt.map_or(String::new(), |rtt| format!(", {:.1} ms", millis(rtt)));
+    let ago = tried.ago.map_or(String::new(), |ago| format!(" ({} s ago)", ago.as_secs()));
+    format!("{} ({}): {outcome}{rtt}{ago}", describe_via(driver, tried.via), tried.origin.label())
 }
 
 fn describe_via(driver: &Driver, via: Via) -> String {
@@ -114,8 +124,8 @@ fn relay_name(driver: &Driver, id: NodeId) -> String {
 }
 
 fn drops(stats: &Stats) -> std::collections::BTreeMap<String, u64> {
-    let counted = DropReason::ALL.iter().map(|reason| (reason.label().to_owned(), stats.drops(*reason)));
-    counted.filter(|(_, count)| *count > 0).collect()
+    let counted = stats.drops.iter().filter(|(_, count)| *count > 0);
+    counted.map(|(reason, count)| (reason.label().to_owned(), *count)).collect()
 }
 
 fn millis(time: std::time::Duration) -> f64 {

@@ -1,22 +1,22 @@
 //! The node's ways to others: relays, and the registry behind them.
 
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use keystone_mesh_core::NodeId;
 use keystone_mesh_core::gateway::{FromGateway, ToGateway, VERSION};
 use keystone_mesh_core::node::{NodeRecord, SignedApproval};
 use keystone_mesh_core::path::Nat;
 use keystone_mesh_core::relay::{AdmissionLimits, Rendezvous};
-use keystone_mesh_core::{NodeId, Via};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 
 use super::Start;
 use crate::clock::unix_now_ms;
 use crate::config::Config;
-use crate::dataplane::{DataPlane, RelaySink};
+use crate::dataplane::{DataPlane, PacketBatch, RelaySink};
 use crate::member::REGISTRY_FILE;
 use crate::quic::endpoint::{ConnectionHandler, EndpointLimits, QuicEndpoint};
 use crate::quic::gateway::{self, GatewayAcceptor, GatewayStream, StreamVia};
@@ -39,17 +39,17 @@ const WAITING_STREAMS: usize = 256;
 
 /// The data plane is there before the relays are; until they are, packets for relays are dropped and counted.
 #[derive(Default)]
-pub(super) struct LateRelays(OnceLock<Arc<RelayPool>>);
+pub(super) struct LateRelays(OnceLock<Weak<RelayPool>>);
 
 impl LateRelays {
-    pub(super) fn set(&self, relays: Arc<RelayPool>) {
-        let _ = self.0.set(relays);
+    pub(super) fn set(&self, relays: &Arc<RelayPool>) {
+        let _ = self.0.set(Arc::downgrade(relays));
     }
 }
 
 impl RelaySink for LateRelays {
     fn send(&self, relay: NodeId, to: NodeId, packets: &mut dyn Iterator<Item = &[u8]>) -> usize {
-        match self.0.get() {
+        match self.0.get().and_then(Weak::upgrade) {
             Some(relays) => relays.send(relay, to, packets),
             None => packets.count(),
         }
@@ -79,7 +79,12 @@ pub(super) struct Uplink {
 }
 
 impl Uplink {
-    pub(super) fn start(start: &Start, config: &Config, endpoint: QuicEndpoint, plane: Arc<DataPlane>) -> anyhow::Result<Self> {
+    pub(super) fn start(
+        start: &Start,
+        config: &Config,
+        endpoint: QuicEndpoint,
+        plane: &Arc<DataPlane>,
+    ) -> anyhow::Result<Self> {
         let identity = start.secret.identity();
         let network = start.membership.as_ref().map(|m| m.network).or(start.token.as_ref().map(|token| token.network));
         let control_plane = start.membership.as_ref().is_some_and(|membership| membership.control_plane);
@@ -90,7 +95,13 @@ impl Uplink {
         let ways = Ways { rendezvous: merged([known, first, invited]), credential: shown.clone() };
         let ways = Arc::new(Mutex::new(ways));
 
-        let deliver: Deliver = Arc::new(move |relay, from, packets| plane.inject(Via::Relay(relay), from, packets));
+        // Weak: the data plane ends with the driver, whatever connection still lingers.
+        let plane = Arc::downgrade(plane);
+        let deliver: Deliver = Arc::new(move |relay, from, packets| {
+            if let Some(plane) = plane.upgrade() {
+                plane.inject(relay, from, PacketBatch(packets));
+            }
+        });
         let mut handlers: Vec<(Protocol, Arc<dyn ConnectionHandler>)> = Vec::new();
         let mut serving = Vec::new();
         let mut spliced: Option<Arc<dyn AcceptSpliced>> = None;
@@ -103,14 +114,17 @@ impl Uplink {
         }
         let local = match network {
             Some(network) if config.serve_relay => {
-                let relay = RelayServer::new(identity.id(), RelayServerConfig {
-                    network,
-                    limits: AdmissionLimits::default(),
-                    splices: 1024,
-                    verify: verifier(network),
-                    gateway: spliced.clone(),
-                    node: Some(deliver.clone()),
-                });
+                let relay = RelayServer::new(
+                    identity.id(),
+                    RelayServerConfig {
+                        network,
+                        limits: AdmissionLimits::default(),
+                        splices: 1024,
+                        verify: verifier(network),
+                        gateway: spliced.clone(),
+                        node: Some(deliver.clone()),
+                    },
+                );
                 handlers.push((Protocol::Relay, relay.clone()));
                 Some(relay)
             }

@@ -185,13 +185,21 @@ impl Gateway {
         }
     }
 
-    async fn everything(&self, output: &mut (impl AsyncWrite + Unpin)) -> Result<broadcast::Receiver<Change>, StreamError> {
+    async fn everything(
+        &self,
+        output: &mut (impl AsyncWrite + Unpin),
+    ) -> Result<broadcast::Receiver<Change>, StreamError> {
         let (network, entries, changes) = self.store.watch();
         say(output, &FromGateway::Snapshot { network, entries }).await?;
         Ok(changes)
     }
 
-    async fn leave(&self, output: &mut (impl AsyncWrite + Unpin), caller: Caller, name: &NodeName) -> Result<(), StreamError> {
+    async fn leave(
+        &self,
+        output: &mut (impl AsyncWrite + Unpin),
+        caller: Caller,
+        name: &NodeName,
+    ) -> Result<(), StreamError> {
         // The session is bound to this name only by the caller's word until here: check whose entry it is.
         let own = self.store.entry(name).is_some_and(|entry| entry.record.get().identity == caller.id);
         let answer = if own { self.store.remove(name, unix_now()) } else { Ok(()) };
