@@ -38,8 +38,8 @@ impl Kept {
         let words: Vec<&str> = command.split_whitespace().skip(1).collect();
         let target = words.iter().position(|word| *word == "--target").unwrap();
         let init = words[target + 1].parse().unwrap();
-        // The command that the lab offers for a shell, with a program that stays in the place of the shell.
-        let guest = Command::new(words[0]).args(&words[1..words.len() - 1]).args(["sleep", "1000"]).spawn().unwrap();
+        // The command that the lab offers for a shell runs a program instead where it is given one.
+        let guest = Command::new(words[0]).args(&words[1..]).args(["sleep", "1000"]).spawn().unwrap();
         let processes = namespace_of(init, "pid").unwrap();
         wait::until("the guest runs inside", PATIENCE, EVERY, || Ok((members(&processes).len() == 2).then_some(())))
             .unwrap();
