@@ -1,5 +1,6 @@
 //! Runs the real `keystone-mesh` program on hosts and reads what it says about itself.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr};
@@ -41,6 +42,7 @@ impl Program {
             Some(path) => path,
             None => std::env::current_exe().context("find the path of this program")?.with_file_name("keystone-mesh"),
         };
+        let path = std::path::absolute(&path).with_context(|| format!("find {}", path.display()))?;
         ensure!(
             path.is_file(),
             "there is no program {}: build it (cargo build --release -p keystone-mesh) or name it with --mesh-bin",
@@ -192,9 +194,15 @@ impl Node {
         process::tail(&self.log(), lines)
     }
 
-    /// The command that shows its status, for a person in a shell on its host.
-    pub fn status_command(&self) -> String {
-        format!("{} status --run-dir {}", self.program.0.display(), self.folder.join("run").display())
+    /// What a shell on its host needs so that `keystone-mesh status` and the like speak with this daemon.
+    pub fn environment(&self) -> [(&'static str, OsString); 3] {
+        let mut path = OsString::from("$PATH:");
+        path.push(self.program.0.parent().unwrap_or(Path::new("/")));
+        [
+            ("KEYSTONE_MESH_STATE_DIR", self.folder.join("state").into()),
+            ("KEYSTONE_MESH_RUN_DIR", self.folder.join("run").into()),
+            ("PATH", path),
+        ]
     }
 
     fn start(&self, arguments: &[&str], dirs: &[Dir]) -> Result<()> {

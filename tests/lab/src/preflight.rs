@@ -53,8 +53,21 @@ pub fn ensure(tools: &[Tool]) -> Result<()> {
             );
         }
         install(&packages).with_context(|| format!("install the packages {names} for {}", programs.join(", ")))?;
+        if let Some(tool) = missing.iter().find(|tool| tool::find(tool.program).is_none()) {
+            bail!("the package {} is installed, but there is no program {} on the PATH", tool.package, tool.program);
+        }
     }
     namespaces_are_allowed()
+}
+
+/// Whether a test can make a [`World`](crate::World) here. If not it says SKIPPED and why; in CI (`CI` is set) nothing is
+/// skipped, and the test fails.
+pub fn can_test() -> bool {
+    let Err(err) = ensure(NETWORK_TOOLS) else { return true };
+    assert!(std::env::var_os("CI").is_none(), "the lab cannot run, and in CI nothing is skipped: {err:#}");
+    // A test has no better place to say so than its output.
+    let _nobody_reads = io::Write::write_all(&mut io::stderr(), format!("SKIPPED: {err:#}\n").as_bytes());
+    false
 }
 
 fn install(packages: &[&str]) -> Result<()> {

@@ -97,7 +97,7 @@ pub fn play(scenario: Scenario, options: &Options, place: Place) -> Result<bool>
         }))?;
     }
     if options.keep {
-        curtain::stay_up(&stage, place);
+        curtain::stay_up(&stage, place)?;
     }
     Ok(error.is_none())
 }

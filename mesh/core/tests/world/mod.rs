@@ -48,7 +48,6 @@ pub struct Node {
     pub v4: SocketAddr,
     pub v6: Option<SocketAddr>,
     nat: Option<usize>,
-    secret: PrivateKey,
     key: ProbeKey,
     config: Arc<Config>,
 
@@ -86,8 +85,8 @@ pub struct Net {
     pub up: [bool; 2],
     pub v6_up: bool,
     pub lan_up: bool,
-    /// UDP payload that passes directly.
-    pub largest: usize,
+    /// UDP payload that passes directly, from the first node to the second and back.
+    pub largest: [usize; 2],
 }
 
 pub struct World {
@@ -139,7 +138,7 @@ impl World {
             up: [true; 2],
             v6_up: true,
             lan_up: true,
-            largest: 1500 - 28,
+            largest: [1500 - 28; 2],
         };
         let mut world = Self {
             now: start,
@@ -317,8 +316,8 @@ impl World {
                 return false;
             }
             Event::Sample(n) => {
-                self.nodes[n].sample(now);
                 self.at(now + SAMPLE, Event::Sample(n));
+                return self.nodes[n].sample(now);
             }
             Event::Flow { n, generation } => {
                 let Some((period, current)) = self.nodes[n].flow else { return false };
@@ -399,7 +398,7 @@ impl World {
         let peer = 1 - from;
         let (own4, own6) = (self.nodes[from].v4, self.nodes[from].v6);
         if to.is_ipv6() {
-            let passes = self.net.v6_up && self.nodes[peer].v6 == Some(to) && self.passes(len);
+            let passes = self.net.v6_up && self.nodes[peer].v6 == Some(to) && self.passes(from, len);
             return own6.filter(|_| passes).map(|own| (own, self.net.latency));
         }
         let same_lan = self.nodes[from].nat.is_some() && self.nodes[from].nat == self.nodes[peer].nat;
@@ -410,7 +409,7 @@ impl World {
             return None;
         }
         let source = self.external(from, to);
-        if !self.net.up[from] || !self.passes(len) {
+        if !self.net.up[from] || !self.passes(from, len) {
             return None;
         }
         let inner = match self.nats.iter_mut().position(|nat| nat.public == to.ip()) {
@@ -435,8 +434,8 @@ impl World {
         }
     }
 
-    fn passes(&mut self, len: usize) -> bool {
-        len <= self.net.largest && self.rng.below(1000) >= self.net.loss
+    fn passes(&mut self, from: usize, len: usize) -> bool {
+        len <= self.net.largest[from] && self.rng.below(1000) >= self.net.loss
     }
 
     /// The address that `to` would see node `n` at; opens the mapping.
@@ -468,7 +467,6 @@ impl Node {
             v4: SocketAddr::from((ip, 51840)),
             v6: None,
             nat,
-            secret: secrets[n].clone(),
             key: ProbeKey::agree(&secrets[n], &secrets[1 - n].public_key()).unwrap(),
             config,
             selected: None,
@@ -487,7 +485,7 @@ impl Node {
 
     fn probed(&mut self, via: Via, bytes: &[u8], now: Instant) {
         let Ok(unverified) = Unverified::parse(bytes) else { return };
-        if unverified.sender() == KeyHint::of(&self.secret.public_key()) {
+        if unverified.sender() == self.config.own {
             return;
         }
         let Ok(probe) = unverified.verify(&self.key) else { return };
@@ -500,13 +498,15 @@ impl Node {
         self.agent.handle_probe(via, &probe, bytes.len(), now);
     }
 
-    fn sample(&mut self, now: Instant) {
+    fn sample(&mut self, now: Instant) -> bool {
+        let news = self.received.is_some() || self.sent;
         if let Some(via) = self.received.take() {
             self.agent.handle_received(via, now);
         }
         if std::mem::take(&mut self.sent) {
             self.agent.handle_sent(now);
         }
+        news
     }
 
     fn select(&mut self, via: Option<Via>, now: Instant) {

@@ -48,9 +48,9 @@ pub(super) fn start_log(filter: &str) {
         .with_ansi(io::stderr().is_terminal())
         .with_target(false);
     if under_systemd {
-        log.without_time().init()
+        log.without_time().init();
     } else {
-        log.init()
+        log.init();
     }
     if let Some(error) = wrong {
         tracing::warn!(%error, "the log filter is not understood; using info");

@@ -131,10 +131,12 @@ impl Driver {
                     tracing::info!(signal, "stopping");
                     return Ok(End::Stopped);
                 }
-                Some(event) = events.recv() => match event {
-                    DataEvent::TunLost => return Ok(End::InterfaceLost),
-                    event => self.data_event(event),
-                },
+                Some(event) = events.recv() => {
+                    if matches!(event, DataEvent::TunLost) {
+                        return Ok(End::InterfaceLost);
+                    }
+                    self.data_event(event);
+                }
                 event = next_event(&mut self.uplink) => self.registry_event(event)?,
                 _ = self.relay_changes.changed() => self.relays_changed(),
                 event = self.keeper.next() => match event {
@@ -186,7 +188,7 @@ impl Driver {
     fn registry_event(&mut self, event: Event) -> anyhow::Result<()> {
         let now = Instant::now();
         match event {
-            Event::Joined(approval) => self.joined(approval)?,
+            Event::Joined(approval) => self.joined(&approval)?,
             Event::Snapshot { network, entries } => {
                 self.registry_state = RegistryState::Current;
                 self.everything(network, entries, now);
@@ -209,7 +211,7 @@ impl Driver {
         Ok(())
     }
 
-    fn joined(&mut self, approval: SignedApproval) -> anyhow::Result<()> {
+    fn joined(&mut self, approval: &SignedApproval) -> anyhow::Result<()> {
         if let (Some(token), Some(name)) = (&self.start.token, &self.start.name) {
             let membership = join::accepted(token, name.clone(), approval.clone())?;
             self.start.state.set_membership(&membership)?;
@@ -217,7 +219,7 @@ impl Driver {
             tracing::info!(node = %name, network = %membership.network, addresses, "joined");
             self.start.membership = Some(membership);
         }
-        self.uplink.set_approval(&approval);
+        self.uplink.set_approval(approval);
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow};
 use keystone_mesh_core::NodeId;
 use keystone_mesh_core::gateway::{FromGateway, ToGateway, VERSION};
 use keystone_mesh_core::node::{NodeRecord, SignedApproval};
@@ -264,11 +264,12 @@ pub(super) async fn tell_leave(state: &StateDir, membership: &Membership, patien
     frames::write(&mut stream, &ToGateway::Attach { version: VERSION, record }, MAX_FRAME).await?;
     frames::write(&mut stream, &ToGateway::Leave, MAX_FRAME).await?;
     loop {
-        match frames::read_within(&mut stream, MAX_FRAME, patience).await? {
-            FromGateway::Left => return Ok(()),
-            FromGateway::Refused(refusal) if refusal.code == "not-member" => return Ok(()),
-            FromGateway::Refused(refusal) => bail!(refusal.message),
-            _ => {}
+        let heard: FromGateway = frames::read_within(&mut stream, MAX_FRAME, patience).await?;
+        if let FromGateway::Refused(refusal) = heard {
+            return if refusal.code == "not-member" { Ok(()) } else { Err(anyhow!(refusal.message)) };
+        }
+        if matches!(heard, FromGateway::Left) {
+            return Ok(());
         }
     }
 }

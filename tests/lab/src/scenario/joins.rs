@@ -107,7 +107,7 @@ fn claim(story: &mut Story, nat: Nat, hoped_for: Route, joins: &[Join]) {
             let relayed = joins.iter().filter(|join| join.path == Route::Relayed).count();
             story.check(
                 relayed == joins.len(),
-                &format!("{nat}: all stay relayed"),
+                &format!("{nat}: all go by the relay"),
                 &format!("{relayed} of {}", joins.len()),
             );
         }
