@@ -203,7 +203,7 @@ impl Store {
             }
             _ => None,
         };
-        self.admit(&mut memory, grant, record, spent)
+        self.admit(&mut memory, grant, record, spent.as_ref())
     }
 
     /// Enters the control-plane host itself, or renews its entry.
@@ -225,13 +225,13 @@ impl Store {
         memory: &mut Memory,
         grant: admission::Grant,
         record: SignedRecord,
-        spent: Option<TokenRecord>,
+        spent: Option<&TokenRecord>,
     ) -> Result<SignedApproval, StoreError> {
         let approval = grant.approval.sign(&self.identity);
         let entry = Entry { record, approval: Some(approval.clone()) };
         self.write(|write| {
             put(write, NODES, entry.name().as_str(), &entry)?;
-            if let Some(token) = &spent {
+            if let Some(token) = spent {
                 put(write, TOKENS, &token.id.to_string(), token)?;
             }
             if let Some(host) = grant.host {

@@ -53,8 +53,8 @@ impl Maker {
     }
 
     /// The installed program: in the folder that KEYSTONE_TEST_PEERS names, or else on the PATH, or else where `make
-    /// test-peers` of the repository at `repository` puts it. The error says what to do.
-    pub fn program(self, repository: &Path) -> Result<PathBuf> {
+    /// test-peers` of this repository puts it. The error says what to do.
+    pub fn program(self) -> Result<PathBuf> {
         let name = match self {
             Self::Keystone => "keystone-mesh",
             Self::WireguardGo => "wireguard",
@@ -67,7 +67,7 @@ impl Maker {
         if let Some(path) = tool::find(name) {
             return Ok(path);
         }
-        let asked = Command::new(repository.join("tests/peers/install")).arg("--path").output();
+        let asked = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../peers/install")).arg("--path").output();
         let folder = asked.context("ask tests/peers/install for its folder")?.stdout;
         let path = Path::new(String::from_utf8_lossy(&folder).trim()).join(name);
         if path.is_file() { Ok(path) } else { bail!("{} is not installed: run `make test-peers`", self.label()) }

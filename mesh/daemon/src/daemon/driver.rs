@@ -3,12 +3,12 @@
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use keystone_mesh_core::Via;
 use keystone_mesh_core::kernel::{Desired, Route};
 use keystone_mesh_core::mesh::{Counters, Mesh, Output, with_port};
 use keystone_mesh_core::network::SignedNetwork;
 use keystone_mesh_core::node::{Entry, NodeRecord, SignedApproval};
 use keystone_mesh_core::relay::RelayAddr;
+use keystone_mesh_core::{DropReason, Via};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::addresses::{self, Resolved};
@@ -177,6 +177,7 @@ impl Driver {
         match event {
             DataEvent::Probe { via, from, bytes } => {
                 if let Err(refusal) = self.mesh.handle_probe(via, from, &bytes, now) {
+                    self.local.plane.count_drop(DropReason::BadProbe);
                     tracing::trace!(%via, %refusal, "probe dropped");
                 }
             }

@@ -2,7 +2,7 @@
 #![allow(dead_code, reason = "each test program uses its part")]
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
@@ -33,7 +33,7 @@ pub(crate) const INSIDE: [(Ipv4Addr, Ipv6Addr); 2] = [
 pub(crate) fn program(maker: Maker) -> Result<PathBuf> {
     match maker {
         Maker::Keystone => Ok(KEYSTONE_MESH.into()),
-        Maker::WireguardGo | Maker::Boringtun => maker.program(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")),
+        Maker::WireguardGo | Maker::Boringtun => maker.program(),
     }
 }
 
