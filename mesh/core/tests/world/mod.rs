@@ -1,7 +1,7 @@
 //! Two path agents joined by a simulated network, in virtual time.
 //!
 //! Probes are really encoded and verified. Data packets stand for WireGuard's. Each node's driver samples its counters
-//! every 250 ms, as the path module's head asks for. What must hold at any time is asserted here, in every test:
+//! every 100 ms, as the path module's head asks for. What must hold at any time is asserted here, in every test:
 //! a direct way is selected only after a full-size ping of the same node was answered by it, timeouts are never in the
 //! past, and draining ends.
 
@@ -19,7 +19,7 @@ use keystone_mesh_core::{PrivateKey, Via};
 
 use self::nat::{Filtering, Mapping, Nat};
 
-pub const SAMPLE: Duration = Duration::from_millis(250);
+pub const SAMPLE: Duration = Duration::from_millis(100);
 const RELAY_KEEPALIVE: Duration = Duration::from_secs(20);
 const RELAY_ADDR: &str = "192.0.2.1:443";
 pub const MTU: u16 = 1280;
