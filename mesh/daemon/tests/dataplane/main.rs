@@ -155,6 +155,51 @@ fn a_restarted_node_is_reached_again_at_once() {
 }
 
 #[test]
+fn a_persistent_keepalive_makes_and_keeps_a_session() {
+    needs_root!();
+    let (a, mut b) = pair(None, false);
+    let mut peer = config(2, None);
+    peer.persistent_keepalive = Some(1);
+    a.plane().apply(&[PeerOp::Set(peer)]);
+    b.wait_event(|event| *event == DataEvent::Handshake { peer: key(1).public_key() });
+    let after = b.plane().stats().peers[0].rx_bytes + 3 * 32;
+    wait_until("three keepalives come", || b.plane().stats().peers[0].rx_bytes >= after);
+}
+
+#[test]
+fn packets_that_wait_are_bounded_and_what_is_lost_is_counted() {
+    needs_root!();
+    let (a, b) = pair(None, false);
+    a.plane().set_path(&b.public(), None);
+    let to = b.mesh_address(false);
+    a.host.run(move || {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        for _ in 0..200 {
+            socket.send_to(&[1; 50], (to, 9)).unwrap();
+        }
+    });
+    wait_until("the losses are counted", || a.plane().stats().dropped(DropReason::NoPath) == 72);
+    a.plane().set_path(&b.public(), Some(b.direct(false)));
+    wait_until("the rest arrives", || b.plane().stats().rx_packets >= 128);
+}
+
+#[test]
+fn changing_the_preshared_key_ends_the_session_and_other_changes_do_not() {
+    needs_root!();
+    let (a, b) = pair(None, false);
+    serve_echo(&b, ECHO);
+    ping(&a, b.mesh_address(false), ECHO);
+    let mut peer = config(2, None);
+    peer.allowed_ips.push("10.99.0.0/16".parse().unwrap());
+    a.plane().apply(&[PeerOp::Set(peer)]);
+    assert_eq!(a.plane().stats().live_sessions, 1);
+    a.plane().apply(&[PeerOp::Set(config(2, Some(psk())))]);
+    assert_eq!(a.plane().stats().live_sessions, 0);
+    b.plane().apply(&[PeerOp::Set(config(1, Some(psk())))]);
+    ping(&a, b.mesh_address(false), ECHO);
+}
+
+#[test]
 fn a_source_that_is_not_allowed_is_dropped_and_counted() {
     needs_root!();
     let (a, b) = pair(None, false);
