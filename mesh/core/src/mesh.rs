@@ -376,7 +376,7 @@ impl Mesh {
         }
     }
 
-    /// What the data plane counted; to be sampled every 250 ms while [`Mesh::is_active`], else every second.
+    /// What the data plane counted; to be sampled every 100 ms while [`Mesh::is_active`], else every second.
     pub fn handle_counters(&mut self, counters: &[Counters], now: Instant) {
         for counter in counters {
             let Some(peer) = self.peers.get_mut(&counter.peer) else { continue };

@@ -43,7 +43,7 @@
 //! # What the driver does
 //!
 //! * Feeds every verified probe to [`PathAgent::handle_probe`], encodes and sends every [`Output::Send`].
-//! * **Samples the peer's counters every 250 ms while the peer is active** (idle peers may be sampled as seldom as
+//! * **Samples the peer's counters every 100 ms while the peer is active** (idle peers may be sampled as seldom as
 //!   every second): if authenticated packets came in, [`PathAgent::handle_received`] with where they came from; then,
 //!   if data packets went out, [`PathAgent::handle_sent`]. In this order. WireGuard's own empty keepalives are best
 //!   left out of both: they would keep an idle peer awake.

@@ -57,9 +57,8 @@ const WARM_UP_SAMPLES: u32 = 4;
 
 // --- silence ---
 
-/// Sending without hearing anything for this long makes a check urgent. Below the 250 ms at which the driver samples
-/// its counters, so that one sample without an answer suffices. Where the round trip is longer, this costs a few pings
-/// at the beginning of each exchange.
+/// Sending without hearing anything for this long makes a check urgent: two of the samples that the driver takes of its
+/// counters. Where the round trip is longer, this costs a few pings at the beginning of each exchange.
 const PATIENCE: Duration = Duration::from_millis(200);
 /// Each check that was answered although nothing else was doubles the patience up to this: one-way traffic costs a
 /// ping a second.
@@ -215,7 +214,7 @@ impl Active {
         let Some(way) = base.selected.and_then(|via| self.ways.get_mut(via)) else { return };
         let heard = way.heard.unwrap_or(way.added).max(selected_at);
         let silent = now.saturating_duration_since(heard) >= patience;
-        let asking = way.ladder.as_ref().is_some_and(|ladder| ladder.purpose() == Purpose::Urgent);
+        let asking = way.ladder.as_ref().is_some_and(|ladder| ladder.purpose() >= Purpose::Urgent);
         if silent && way.proven() && !asking {
             way.check(Purpose::Urgent, now);
             self.patience = (patience * 2).min(MAX_PATIENCE);
@@ -226,6 +225,8 @@ impl Active {
         self.want(true, now);
         if base.selected == Some(via) {
             self.patience = PATIENCE;
+        } else if matches!(via, Via::Relay(_)) {
+            self.doubt_selected(base, now);
         }
         if let Some(way) = self.heard_from(base, via, now) {
             way.carried(now);
@@ -270,14 +271,23 @@ impl Active {
         }
         for way in self.ways.iter_mut().filter(|way| !way.is_relay()) {
             way.reach_now(now);
-            // A peer whose ways all work does not punch: whatever is selected here may be dead over there.
-            if base.selected == Some(way.via) {
-                way.check(Purpose::Urgent, now);
-            }
         }
+        // A peer whose ways all work does not punch: whatever is selected here may be dead over there.
+        self.doubt_selected(base, now);
         if self.rounds == 0 {
             // This is the first round, begun by the other end.
             self.start_round(base, false, now);
+        }
+    }
+
+    /// The peer seems to have left the direct way in use: is it dead?
+    fn doubt_selected(&mut self, base: &Base, now: Instant) {
+        let selected_at = self.selected_at;
+        let direct = base.selected.filter(|via| matches!(via, Via::Direct(_)));
+        if let Some(way) = direct.and_then(|via| self.ways.get_mut(via)) {
+            let heard = way.heard.unwrap_or(way.added).max(selected_at);
+            let silent = now.saturating_duration_since(heard) >= PATIENCE;
+            way.check(if silent { Purpose::Deserted } else { Purpose::Urgent }, now);
         }
     }
 

@@ -184,7 +184,7 @@ impl Way {
     pub(crate) fn check(&mut self, purpose: Purpose, now: Instant) {
         let free = match &self.ladder {
             None => true,
-            Some(under_way) => purpose == Purpose::Urgent && under_way.purpose() != Purpose::Urgent,
+            Some(under_way) => purpose >= Purpose::Urgent && under_way.purpose() < purpose,
         };
         if self.proven() && free {
             self.ladder = Some(Ladder::new(purpose, now));
@@ -275,7 +275,7 @@ impl Way {
                 self.phase = Phase::TooNarrow;
                 (self.silent, self.narrow) = (None, Some(now));
             }
-            Some(Purpose::Reach | Purpose::Patient | Purpose::Urgent) | None => {
+            Some(Purpose::Reach | Purpose::Patient | Purpose::Urgent | Purpose::Deserted) | None => {
                 self.phase = Phase::Silent;
                 (self.silent, self.narrow) = (Some(now), None);
             }
@@ -296,7 +296,7 @@ impl Way {
         if self.is_relay() {
             self.phase = Phase::Usable;
             self.ladder = None;
-        } else if self.ladder.as_ref().is_some_and(|ladder| ladder.purpose() == Purpose::Urgent) {
+        } else if self.ladder.as_ref().is_some_and(|ladder| ladder.purpose() >= Purpose::Urgent) {
             self.ladder = None;
         }
     }

@@ -42,6 +42,24 @@ fn traffic_leaves_a_dead_direct_way_within_a_second() {
 }
 
 #[test]
+fn an_end_that_only_answers_follows_the_other_to_the_relay() {
+    for after in (0..500).step_by(20) {
+        for latency in [ms(1), ms(20)] {
+            let mut world = established([PORT_RESTRICTED, FULL_CONE], after);
+            world.net.latency = latency;
+            world.flow(0, ms(10));
+            world.answer(1);
+            world.run(secs(5) + ms(after));
+            let cut = world.now;
+            world.set_direct(false);
+            world.run(secs(3));
+            let gap = world.longest_gap(0, cut);
+            assert!(gap <= secs(1) + ms(100), "cut after {after} ms, latency {latency:?}: no answer for {gap:?}");
+        }
+    }
+}
+
+#[test]
 fn a_way_that_dies_in_one_direction_is_left_by_both() {
     let mut world = established([PORT_RESTRICTED, FULL_CONE], 1);
     world.net.up = [false, true];

@@ -190,7 +190,7 @@ fn status_explains_itself_while_probing_and_once_direct() {
     let idle = world.nodes[0].agent.status(world.now);
     assert_eq!((idle.state, idle.reason), (State::Idle, Some(Reason::NoDemand)));
     world.flow(0, ms(50));
-    world.run(ms(260));
+    world.run(ms(110));
     let probing = world.nodes[0].agent.status(world.now);
     assert!(matches!(probing.reason, Some(Reason::Probing { addresses: 2, .. })), "{:?}", probing.reason);
     world.run(secs(10));

@@ -1,7 +1,7 @@
 //! Two path agents joined by a simulated network, in virtual time.
 //!
 //! Probes are really encoded and verified. Data packets stand for WireGuard's. Each node's driver samples its counters
-//! every 250 ms, as the path module's head asks for. What must hold at any time is asserted here, in every test:
+//! every 100 ms, as the path module's head asks for. What must hold at any time is asserted here, in every test:
 //! a direct way is selected only after a full-size ping of the same node was answered by it, timeouts are never in the
 //! past, and draining ends.
 
@@ -19,7 +19,7 @@ use keystone_mesh_core::{PrivateKey, Via};
 
 use self::nat::{Filtering, Mapping, Nat};
 
-pub const SAMPLE: Duration = Duration::from_millis(250);
+pub const SAMPLE: Duration = Duration::from_millis(100);
 const RELAY_KEEPALIVE: Duration = Duration::from_secs(20);
 const RELAY_ADDR: &str = "192.0.2.1:443";
 pub const MTU: u16 = 1280;
@@ -58,6 +58,8 @@ pub struct Node {
     received: Option<Via>,
     observed: Option<SocketAddr>,
     flow: Option<(Duration, u64)>,
+    /// Whether it sends nothing but an answer to each data packet.
+    answers: bool,
 
     // --- what the test looks at ---
     pub selections: Vec<(Instant, Option<Via>)>,
@@ -190,6 +192,12 @@ impl World {
         self.at(self.now, Event::Flow { n, generation });
     }
 
+    /// Node `n` sends nothing but an answer to each data packet, as the far end of a ping does.
+    pub fn answer(&mut self, n: usize) {
+        self.nodes[n].flow = None;
+        self.nodes[n].answers = true;
+    }
+
     /// Both nodes send all the time.
     pub fn talk(&mut self) {
         self.flow(0, ms(50));
@@ -313,6 +321,10 @@ impl World {
             Event::Arrive { at, via, datagram: Datagram::Data } => {
                 self.nodes[at].received = Some(via);
                 self.nodes[at].arrived.push((now, via));
+                if let (true, Some(back)) = (self.nodes[at].answers, self.nodes[at].selected) {
+                    self.nodes[at].sent = true;
+                    self.transmit(at, back, Datagram::Data);
+                }
                 return false;
             }
             Event::Sample(n) => {
@@ -475,6 +487,7 @@ impl Node {
             received: None,
             observed: None,
             flow: None,
+            answers: false,
             selections: Vec::new(),
             arrived: Vec::new(),
             probes: Vec::new(),

@@ -29,7 +29,7 @@ use crate::signals::Stop;
 use crate::state::{LivePeer, Snapshot};
 
 /// Between two samples of the counters while any path is watched, as the path machine asks for.
-const SAMPLE: Duration = Duration::from_millis(250);
+const SAMPLE: Duration = Duration::from_millis(100);
 /// And while none is.
 const SAMPLE_IDLE: Duration = Duration::from_secs(1);
 

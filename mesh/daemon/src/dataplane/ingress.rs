@@ -52,6 +52,7 @@ struct Held<'a> {
     cell: &'a Arc<PeerCell>,
     peer: MutexGuard<'a, Peer>,
     last_source: Option<IpAddr>,
+    last_session: [u8; 4],
     packets: usize,
     bytes: usize,
 }
@@ -224,11 +225,11 @@ impl Ingress {
 
     /// Lets go of a peer, and tells what its packets mean.
     fn release(&self, held: Option<Held<'_>>, from: &Remote) {
-        let Some(Held { cell, mut peer, packets, bytes, .. }) = held else { return };
+        let Some(Held { cell, mut peer, last_session, packets, bytes, .. }) = held else { return };
         if packets == 0 {
             return;
         }
-        let received = peer.received(bytes, from, self.now);
+        let received = peer.received(bytes, last_session, from, self.now);
         drop(peer);
         self.shared.counters.received(packets, bytes);
         if received.confirmed {
@@ -261,10 +262,11 @@ impl Ingress {
 
 impl<'a> Held<'a> {
     fn new(cell: &'a Arc<PeerCell>) -> Self {
-        Self { cell, peer: cell.lock(), last_source: None, packets: 0, bytes: 0 }
+        Self { cell, peer: cell.lock(), last_source: None, last_session: [0; 4], packets: 0, bytes: 0 }
     }
 
     fn count(&mut self, message: &[u8]) {
+        self.last_session = wg::receiver(message);
         self.packets += 1;
         self.bytes += message.len();
     }

@@ -104,7 +104,7 @@ impl Keeper {
     fn finish(&mut self, cell: &Arc<PeerCell>, from: &Remote, message: &[u8]) -> Result<(), DropReason> {
         let mut peer = cell.lock();
         let Some(len) = peer.finish(message, self.now, &mut self.out)? else { return Ok(()) };
-        let received = peer.received(0, from, self.now);
+        let received = peer.received(message.len(), wg::receiver(message), from, self.now);
         let to = peer.remote().unwrap_or(*from);
         drop(peer);
         self.shared.send(cell.index.shard(), &to, &self.out[..len], len, false);

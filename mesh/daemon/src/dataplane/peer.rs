@@ -43,8 +43,9 @@ pub(crate) struct Peer {
     // The engine, and what waits for it.
     tunnel: Option<Tunnel>,
     pending: Pending,
-    /// We answered an initiation. The session counts from its first packet on: only that proves the other end live.
-    unconfirmed: bool,
+    /// The index of a session that we answered for. It counts from its first packet on: only that proves the other
+    /// end live, an initiation may be a replay.
+    unconfirmed: Option<[u8; 4]>,
 
     // What stats show.
     rx_bytes: u64,
@@ -124,7 +125,7 @@ impl Peer {
             removed: false,
             tunnel: None,
             pending: Pending::new(budget),
-            unconfirmed: false,
+            unconfirmed: None,
             rx_bytes: 0,
             tx_bytes: 0,
             last_handshake: None,
@@ -270,13 +271,14 @@ impl Peer {
         }
     }
 
-    /// Notes authentic packets of one sender.
-    pub(crate) fn received(&mut self, bytes: usize, from: &Remote, now: Instant) -> Received {
+    /// Notes authentic packets of one sender, the last for the session of this index.
+    pub(crate) fn received(&mut self, bytes: usize, session: [u8; 4], from: &Remote, now: Instant) -> Received {
         self.rx_bytes += bytes as u64;
         self.last_received = Some(now);
         self.received_via = Some(from.via());
-        let confirmed = std::mem::take(&mut self.unconfirmed);
+        let confirmed = self.unconfirmed == Some(session);
         if confirmed {
+            self.unconfirmed = None;
             self.last_handshake = Some(now);
         }
         let roamed = self.via != Some(from.via()) && is_due(&mut self.last_roamed, now, EVENT_INTERVAL);
@@ -316,7 +318,8 @@ impl Peer {
     pub(crate) fn answer(&mut self, engine: &Engine, cell: &PeerCell, message: &[u8], out: &mut [u8]) -> wg::Answer {
         let Some(tunnel) = self.tunnel_or_new(engine, cell) else { return Ok(None) };
         let answer = tunnel.handshake(message, out)?;
-        self.unconfirmed = true;
+        // The response's sender index is the receiver index of what the peer sends next.
+        self.unconfirmed = out.get(4..).and_then(|rest| rest.first_chunk()).copied();
         Ok(answer)
     }
 
@@ -327,11 +330,8 @@ impl Peer {
         };
         let answer = tunnel.handshake(message, out)?;
         if let Some(len) = answer {
-            self.unconfirmed = false;
             self.last_handshake = Some(now);
-            self.last_received = Some(now);
             self.last_sent = Some(now);
-            self.rx_bytes += message.len() as u64;
             self.tx_bytes += len as u64;
         }
         Ok(answer)

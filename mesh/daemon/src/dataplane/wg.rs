@@ -59,6 +59,11 @@ impl Message {
     }
 }
 
+/// The receiver index of a data message, as it stands there; zeros where there is none.
+pub(crate) fn receiver(message: &[u8]) -> [u8; 4] {
+    message.get(4..).and_then(|rest| rest.first_chunk()).copied().unwrap_or_default()
+}
+
 /// Our end of all tunnels.
 pub(crate) struct Engine {
     private: x25519::StaticSecret,
