@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use ipnet::IpNet;
+use keystone_mesh_core::kernel::RULE_PRIORITY;
 use keystone_mesh_core::{PresharedKey, PrivateKey, PublicKey};
 use serde_json::Value;
 
@@ -166,6 +167,16 @@ impl End {
         self.process.take().map_or(Ok(()), Process::kill)
     }
 
+    /// SIGKILL, and nothing of it is left on the host: ours leaves its interface and rules behind when it is killed.
+    pub fn remove(&mut self) -> Result<()> {
+        self.kill()?;
+        let rule = format!("rule delete pref {RULE_PRIORITY}");
+        for leftover in [format!("link delete dev {}", self.interface()), format!("-4 {rule}"), format!("-6 {rule}")] {
+            let _nothing_left = self.host.run(Command::new("ip").args(leftover.split(' ')));
+        }
+        Ok(())
+    }
+
     /// SIGTERM, and how it ended; None if it did not run.
     pub fn stop(&mut self) -> Result<Option<ExitStatus>> {
         self.process.take().map(|process| process.terminate(STOP_PATIENCE)).transpose()
@@ -230,7 +241,7 @@ impl End {
 
     fn wait_until_ready(&mut self, what: &str, ready: impl Fn(&Self) -> Result<()>) -> Result<()> {
         let what = format!("{} on {} {what}", self.maker.label(), self.host.name());
-        let mut last = None;
+        let mut last = String::from("nothing");
         let waited = wait::until(&what, START_PATIENCE, POLL, || {
             if let Some(status) = self.ended()? {
                 self.process = None;
@@ -239,12 +250,12 @@ impl End {
             match ready(self) {
                 Ok(()) => Ok(Some(())),
                 Err(error) => {
-                    last = Some(error);
+                    last = format!("{error:#}");
                     Ok(None)
                 }
             }
         });
-        waited.with_context(|| format!("at last {last:?}"))
+        waited.with_context(|| format!("at last {last}"))
     }
 
     fn toml(&self, folder: &Path) -> Result<String> {

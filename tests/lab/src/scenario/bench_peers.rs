@@ -155,7 +155,7 @@ fn turn_of(hosts: &[Host; 2], pair: &mut [End; 2], seconds: u32) -> Result<Turn>
     let mut rss = 0.0_f64;
     for end in pair.iter_mut() {
         rss = rss.max(resident_mib(end.id()?)?);
-        end.kill()?;
+        end.remove()?;
     }
     Ok(Turn { gbit: bits.map(gbit), cpu_per_gib: Some(cpu / (bytes / GIB)), rss_mib: Some(rss) })
 }
