@@ -376,13 +376,16 @@ impl Mesh {
         }
     }
 
-    /// What the data plane counted; to be sampled every 100 ms while [`Mesh::is_active`], else every second.
-    pub fn handle_counters(&mut self, counters: &[Counters], now: Instant) {
+    /// What the data plane counted; to be sampled every 100 ms while there is traffic, else every half second. Whether
+    /// anything was counted since the last time.
+    pub fn handle_counters(&mut self, counters: &[Counters], now: Instant) -> bool {
+        let mut any = false;
         for counter in counters {
             let Some(peer) = self.peers.get_mut(&counter.peer) else { continue };
             let received = counter.received > peer.received;
             let sent = counter.sent > peer.sent;
             (peer.received, peer.sent) = (counter.received, counter.sent);
+            any |= received || sent;
             match &mut peer.way {
                 Way::Agent(agent) => {
                     if let (true, Some(via)) = (received, counter.received_via) {
@@ -398,6 +401,7 @@ impl Mesh {
                 self.drain(counter.peer, now);
             }
         }
+        any
     }
 
     /// The time that [`Output::Timeout`] named has come.
