@@ -434,11 +434,6 @@ impl Mesh {
         }
     }
 
-    /// Whether any peer has traffic or is being connected to.
-    pub fn is_active(&self) -> bool {
-        !self.deadlines.is_empty()
-    }
-
     /// Every peer, by name.
     pub fn peers(&self, now: Instant) -> Vec<PeerStatus> {
         let mut peers: Vec<_> = self.peers.iter().map(|(key, peer)| peer.status(*key, &self.plan, now)).collect();
