@@ -342,6 +342,14 @@ impl Mesh {
         &self.plan.faults
     }
 
+    /// Networks that this node asks to be the way to and is not allowed to be.
+    pub fn unapproved_routes(&self) -> impl Iterator<Item = IpNet> + '_ {
+        let network = self.network.as_ref().map(|network| network.id);
+        let own = self.own.name.as_ref().and_then(|name| self.entries.get(name));
+        let approved = own.and_then(|entry| entry.approved(network?)).map(|approval| &approval.routes);
+        self.own.routes.iter().copied().filter(move |route| approved.is_some_and(|routes| !routes.contains(route)))
+    }
+
     /// What a snapshot keeps of the registry.
     pub fn known(&self) -> (Option<&Network>, impl Iterator<Item = &Entry>) {
         (self.network.as_ref(), self.entries.values())

@@ -124,7 +124,7 @@ impl Driver {
         stop: &mut Stop,
         mut events: mpsc::Receiver<DataEvent>,
         mut calls: mpsc::Receiver<Call>,
-    ) -> anyhow::Result<End> {
+    ) -> End {
         let mut sample_at = Instant::now() + SAMPLE;
         let mut quiet_at = sample_at + QUIET_AFTER;
         loop {
@@ -132,22 +132,24 @@ impl Driver {
             tokio::select! {
                 signal = stop.requested() => {
                     tracing::info!(signal, "stopping");
-                    return Ok(End::Stopped);
+                    return End::Stopped;
                 }
                 Some(event) = events.recv() => {
                     if matches!(event, DataEvent::TunLost) {
-                        return Ok(End::InterfaceLost);
+                        return End::InterfaceLost;
                     }
                     self.data_event(event);
                 }
-                event = next_event(&mut self.uplink) => self.registry_event(event)?,
+                event = next_event(&mut self.uplink) => if let Err(error) = self.registry_event(event) {
+                    return End::PutOut(error);
+                },
                 _ = self.relay_changes.changed() => self.relays_changed(),
                 event = self.keeper.next() => match event {
                     KeeperEvent::HostAddresses(addresses) => self.host_addresses(addresses),
                     KeeperEvent::Applied => self.restart_service(),
                 },
                 Some(resolved) = self.resolved.recv() => self.resolved(resolved),
-                Some(call) = calls.recv() => if let Some(asker) = self.call(call).await { return Ok(End::Left(asker)) },
+                Some(call) = calls.recv() => if let Some(asker) = self.call(call).await { return End::Left(asker) },
                 () = tokio::time::sleep_until(timeout.into()) => {}
             }
             let now = Instant::now();
