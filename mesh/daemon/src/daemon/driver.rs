@@ -323,6 +323,10 @@ impl Driver {
                 Output::Kernel { addresses, routes } => self.set_kernel(addresses, &routes),
                 Output::Relays(relays) => {
                     self.uplink.relays.set_relays(&relays);
+                    // The relay inside this node is always up for it.
+                    let own = self.start.secret.identity().id();
+                    let inside = self.config.serve_relay && relays.iter().any(|relay| relay.id == own);
+                    self.mesh.handle_relay(own, inside, now);
                     self.relays = relays;
                 }
                 Output::SetPath { peer, via } => {
