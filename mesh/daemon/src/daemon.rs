@@ -58,6 +58,8 @@ enum End {
     Left(oneshot::Sender<Answer>),
     /// Somebody deleted the interface: to be started again at once.
     InterfaceLost,
+    /// The control plane will not have this node: an interface without peers would only swallow packets.
+    PutOut(anyhow::Error),
 }
 
 /// The data plane and what is fixed about it.
@@ -91,9 +93,9 @@ pub async fn run(places: &Places, config: Config, token: Option<Token>) -> anyho
     };
     let gone = match &end {
         Ok(End::Stopped) => config.on_stop == OnStop::Remove,
-        Ok(End::Left(_) | End::InterfaceLost) => true,
-        // What a failed start had made stays as little as what a member that was put out had.
-        Err(_) => !places.state_dir.join("membership").exists(),
+        Ok(End::Left(_) | End::InterfaceLost | End::PutOut(_)) => true,
+        // A failed start has made nothing, and what is there may be another daemon's.
+        Err(_) => false,
     };
     let removed = if gone { keeper::remove(&interface).await } else { Ok(()) };
     tracing::info!(interface_removed = gone && removed.is_ok(), "daemon stopped");
@@ -108,7 +110,10 @@ pub async fn run(places: &Places, config: Config, token: Option<Token>) -> anyho
         return removed;
     }
     removed?;
-    end.map(|_| ())
+    match end? {
+        End::PutOut(error) => Err(error),
+        End::Stopped | End::Left(_) | End::InterfaceLost => Ok(()),
+    }
 }
 
 async fn run_once(places: &Places, config: Config, token: Option<Token>, stop: &mut Stop) -> anyhow::Result<End> {
@@ -145,16 +150,16 @@ async fn run_once(places: &Places, config: Config, token: Option<Token>, stop: &
     driver.begin();
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     let end = driver.run(stop, events, calls).await;
-    if !matches!(end, Ok(End::InterfaceLost)) {
+    if !matches!(end, End::InterfaceLost) {
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     }
-    if !matches!(end, Ok(End::Left(_))) {
+    if !matches!(end, End::Left(_)) {
         serving.abort();
     }
     let _ = std::fs::remove_file(places.socket());
     driver.finish().await;
     drop(tun_claim);
-    end
+    Ok(end)
 }
 
 /// Reads and checks everything on disk, before anything is touched.
@@ -237,7 +242,7 @@ fn hints(snapshot: &Snapshot) -> impl Iterator<Item = Hint> + '_ {
 }
 
 /// Leaves while no daemon runs: tells the control plane, cleans up, forgets.
-pub async fn leave_offline(places: &Places, force: bool) -> anyhow::Result<()> {
+pub async fn leave_offline(places: &Places, interface: &str, force: bool) -> anyhow::Result<()> {
     let state = StateDir::open(&places.state_dir)?;
     let Some(membership) = state.membership()? else {
         bail!("this machine is in no network (state directory {})", places.state_dir.display());
@@ -255,6 +260,6 @@ pub async fn leave_offline(places: &Places, force: bool) -> anyhow::Result<()> {
             }
         }
     }
-    keeper::remove(crate::config::DEFAULT_INTERFACE).await?;
+    keeper::remove(interface).await?;
     Ok(state.forget()?)
 }

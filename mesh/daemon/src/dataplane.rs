@@ -16,8 +16,8 @@
 //! * The threads block in poll(2) and carry a batch from end to end: no channel, no await, no allocation per packet.
 //!   Batches come from load alone; nothing waits to make one larger.
 //! * A peer belongs to a shard, whose number is part of the index that the peer repeats in each message
-//!   ([`table::PeerIndex`]). A peer has one lock, taken once per batch.
-//! * Lookups read a [`table::Table`] that the control side replaces as a whole.
+//!   (`table::PeerIndex`). A peer has one lock, taken once per batch.
+//! * Lookups read a `table::Table` that the control side replaces as a whole.
 //! * The control side decides which way a peer's packets go ([`DataPlane::set_path`]). The data plane reports
 //!   ([`DataEvent`]) and never chooses; only an answer to a handshake goes back the way the question came.
 //! * Every queue is bounded and every drop is counted by its reason.

@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard};
 use ipnet::IpNet;
 use keystone_mesh_core::admission::{self, JoinRefusal, Known, PublishRefusal};
 use keystone_mesh_core::network::{Network, SignedNetwork};
-use keystone_mesh_core::node::{Approval, Entry, NodeName, SignedApproval, SignedRecord};
+use keystone_mesh_core::node::{Entry, NodeName, SignedApproval, SignedRecord};
 use keystone_mesh_core::token::{NamePattern, TokenId, TokenRecord, TokenSecret};
 use keystone_mesh_core::{Identity, NodeId};
 use redb::{Database, ReadableDatabase as _, ReadableTable as _, TableDefinition};
@@ -206,17 +206,19 @@ impl Store {
         self.admit(&mut memory, grant, record, spent.as_ref())
     }
 
-    /// Enters the control-plane host itself, or renews its entry.
+    /// Stores the control-plane host's own record; its approval follows the routes that the record asks for.
+    pub fn publish_own(&self, record: SignedRecord, now: u64) -> Result<(), StoreError> {
+        let own = self.identity.id();
+        let same_routes = self
+            .entry(&record.get().name)
+            .is_some_and(|entry| entry.approved(own).is_some_and(|approval| approval.routes == record.get().routes));
+        if same_routes { self.publish(own, record) } else { self.enter_own(record, now).map(|_| ()) }
+    }
+
+    /// Enters the control-plane host itself, with what its record asks for.
     pub fn enter_own(&self, record: SignedRecord, now: u64) -> Result<SignedApproval, StoreError> {
         let mut memory = self.memory();
         let grant = admission::decide_own(memory.known(), record.get(), now)?;
-        if let Some(entry) = memory.entries.get(&record.get().name)
-            && let (Some(approved), Some(signed)) = (entry.approved(self.identity.id()), &entry.approval)
-            && (Approval { serial: approved.serial, ..grant.approval.clone() }) == *approved
-            && entry.record.get().seq >= record.get().seq
-        {
-            return Ok(signed.clone());
-        }
         self.admit(&mut memory, grant, record, None)
     }
 
@@ -526,6 +528,21 @@ mod tests {
         assert!(refused.to_string().contains("not in the network"), "{refused}");
         let approval = store.join(identity(3).id(), record(3, "x", 1), id, &secret, 30).unwrap();
         assert_eq!(approval.get().addresses[0].to_string(), "10.98.0.3/32", "the address of `w` rests");
+    }
+
+    #[test]
+    fn the_control_planes_approval_changes_only_with_its_routes() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = store(dir.path());
+        let serial = |store: &Store| store.entry(&"home".parse().unwrap()).unwrap().approval.unwrap().get().serial;
+        store.enter_own(record(1, "home", 1), 0).unwrap();
+        store.publish_own(record(1, "home", 2), 0).unwrap();
+        assert_eq!(serial(&store), 1);
+        let identity = identity(1);
+        let routes = vec!["10.42.0.0/24".parse().unwrap()];
+        let routed = NodeRecord { routes, seq: 3, ..record(1, "home", 3).get().clone() }.sign(&identity);
+        store.publish_own(routed, 0).unwrap();
+        assert_eq!(serial(&store), 2);
     }
 
     #[test]

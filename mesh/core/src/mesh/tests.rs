@@ -342,5 +342,5 @@ fn an_idle_node_of_a_large_mesh_does_nothing() {
     node.mesh.handle_snapshot(network(1), entries, now);
     node.mesh.handle_relay(relay(), true, now);
     assert_eq!(node.drain(now), None, "no timer runs");
-    assert!(node.sent.is_empty() && !node.mesh.is_active());
+    assert!(node.sent.is_empty());
 }

@@ -28,10 +28,12 @@ use crate::service::Service;
 use crate::signals::Stop;
 use crate::state::{LivePeer, Snapshot};
 
-/// Between two samples of the counters while any path is watched, as the path machine asks for.
+/// Between two samples of the counters while there is traffic, as the path machine asks for.
 const SAMPLE: Duration = Duration::from_millis(100);
-/// And while none is.
-const SAMPLE_IDLE: Duration = Duration::from_secs(1);
+/// And while there has been none for [`QUIET_AFTER`].
+const SAMPLE_QUIET: Duration = Duration::from_millis(500);
+/// How long after the last traffic the counters are sampled more seldom: an idle daemon should cost nothing that shows.
+const QUIET_AFTER: Duration = Duration::from_secs(5);
 
 /// What the registry last said about itself.
 #[derive(Clone, Debug)]
@@ -122,35 +124,40 @@ impl Driver {
         stop: &mut Stop,
         mut events: mpsc::Receiver<DataEvent>,
         mut calls: mpsc::Receiver<Call>,
-    ) -> anyhow::Result<End> {
+    ) -> End {
         let mut sample_at = Instant::now() + SAMPLE;
+        let mut quiet_at = sample_at + QUIET_AFTER;
         loop {
             let timeout = self.timeout.unwrap_or(sample_at).min(sample_at);
             tokio::select! {
                 signal = stop.requested() => {
                     tracing::info!(signal, "stopping");
-                    return Ok(End::Stopped);
+                    return End::Stopped;
                 }
                 Some(event) = events.recv() => {
                     if matches!(event, DataEvent::TunLost) {
-                        return Ok(End::InterfaceLost);
+                        return End::InterfaceLost;
                     }
                     self.data_event(event);
                 }
-                event = next_event(&mut self.uplink) => self.registry_event(event)?,
+                event = next_event(&mut self.uplink) => if let Err(error) = self.registry_event(event) {
+                    return End::PutOut(error);
+                },
                 _ = self.relay_changes.changed() => self.relays_changed(),
                 event = self.keeper.next() => match event {
                     KeeperEvent::HostAddresses(addresses) => self.host_addresses(addresses),
                     KeeperEvent::Applied => self.restart_service(),
                 },
                 Some(resolved) = self.resolved.recv() => self.resolved(resolved),
-                Some(call) = calls.recv() => if let Some(asker) = self.call(call).await { return Ok(End::Left(asker)) },
+                Some(call) = calls.recv() => if let Some(asker) = self.call(call).await { return End::Left(asker) },
                 () = tokio::time::sleep_until(timeout.into()) => {}
             }
             let now = Instant::now();
             if now >= sample_at {
-                self.sample(now);
-                sample_at = now + if self.mesh.is_active() { SAMPLE } else { SAMPLE_IDLE };
+                if self.sample(now) {
+                    quiet_at = now + QUIET_AFTER;
+                }
+                sample_at = now + if now < quiet_at { SAMPLE } else { SAMPLE_QUIET };
             }
             if self.timeout.is_some_and(|at| now >= at) {
                 self.mesh.handle_timeout(now);
@@ -298,7 +305,8 @@ impl Driver {
         }
     }
 
-    fn sample(&mut self, now: Instant) {
+    /// Whether there was traffic since the last sample.
+    fn sample(&mut self, now: Instant) -> bool {
         let counters = self.local.plane.stats().peers.into_iter().map(|peer| Counters {
             peer: peer.key,
             sent: peer.tx_bytes,
@@ -306,7 +314,7 @@ impl Driver {
             received_via: peer.received_via,
         });
         let counters: Vec<Counters> = counters.collect();
-        self.mesh.handle_counters(&counters, now);
+        self.mesh.handle_counters(&counters, now)
     }
 
     // --- outputs to effects ---
@@ -318,6 +326,10 @@ impl Driver {
                 Output::Kernel { addresses, routes } => self.set_kernel(addresses, &routes),
                 Output::Relays(relays) => {
                     self.uplink.relays.set_relays(&relays);
+                    // The relay inside this node is always up for it.
+                    let own = self.start.secret.identity().id();
+                    let inside = self.config.serve_relay && relays.iter().any(|relay| relay.id == own);
+                    self.mesh.handle_relay(own, inside, now);
                     self.relays = relays;
                 }
                 Output::SetPath { peer, via } => {

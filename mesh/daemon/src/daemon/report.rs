@@ -17,6 +17,12 @@ pub(super) fn status(driver: &Driver, now: Instant) -> Status {
     let peers = driver.mesh.peers(now).into_iter().map(|peer| describe_peer(driver, peer, &stats, now)).collect();
     let mut warnings = driver.keeper.warnings();
     warnings.extend(driver.mesh.faults().iter().map(ToString::to_string));
+    warnings.extend(driver.mesh.unapproved_routes().map(|route| {
+        format!(
+            "the route to {route} is asked for and not approved; leave and join again with a token made with `token create \
+             --route {route}`"
+        )
+    }));
     Status {
         node: node(driver, now),
         relays: driver.relays.iter().map(|relay| describe_relay(driver, relay)).collect(),
