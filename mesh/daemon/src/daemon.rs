@@ -17,7 +17,7 @@ mod report;
 mod saver;
 mod uplink;
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
@@ -38,6 +38,7 @@ use crate::preflight;
 use crate::quic::endpoint::{EndpointLimits, QuicEndpoint};
 use crate::signals::Stop;
 use crate::state::{Membership, Snapshot, StateDir};
+use crate::store::Store;
 use crate::tun::{Tun, TunConfig};
 use crate::udp::{UdpConfig, UdpSocket};
 
@@ -48,6 +49,10 @@ const CALLS: usize = 16;
 
 /// How long the answer to a leave has to reach its asker.
 const FAREWELL: Duration = Duration::from_millis(100);
+
+/// How long connections may hold the port after their end, and how often that is looked at.
+const RELEASE_PATIENCE: Duration = Duration::from_secs(5);
+const RELEASE_POLL: Duration = Duration::from_millis(2);
 
 /// How a daemon ended.
 #[derive(Debug)]
@@ -68,6 +73,24 @@ struct Local {
     port: u16,
     public_key: PublicKey,
     started: Instant,
+}
+
+/// What only one can have, and tasks of QUIC hold a moment longer than the daemon's driver.
+struct Held {
+    port: Weak<dyn quinn::AsyncUdpSocket>,
+    store: Option<Weak<Store>>,
+}
+
+impl Held {
+    /// Waits until port and registry can be opened again; not for ever, because opening them says it better.
+    async fn released(self) {
+        let free =
+            || self.port.strong_count() == 0 && self.store.as_ref().is_none_or(|store| store.strong_count() == 0);
+        let deadline = Instant::now() + RELEASE_PATIENCE;
+        while !free() && Instant::now() < deadline {
+            tokio::time::sleep(RELEASE_POLL).await;
+        }
+    }
 }
 
 /// What a start knows about this node.
@@ -128,6 +151,7 @@ async fn run_once(places: &Places, config: Config, token: Option<Token>, stop: &
     let relay_sink = Arc::new(uplink::LateRelays::default());
     let (plane, port, tun_claim) = open_plane(&config, &key, relay_sink.clone(), events_in)?;
     let plane = Arc::new(plane);
+    let held = Held { port: Arc::downgrade(&plane.quic_socket()), store: store.as_ref().map(Arc::downgrade) };
     let endpoint = QuicEndpoint::new(plane.quic_socket(), start.secret.identity(), EndpointLimits::default())
         .context("cannot start QUIC")?;
     let uplink = Uplink::start(&start, &config, store, endpoint, &plane)?;
@@ -159,6 +183,9 @@ async fn run_once(places: &Places, config: Config, token: Option<Token>, stop: &
     let _ = std::fs::remove_file(places.socket());
     driver.finish().await;
     drop(tun_claim);
+    if matches!(end, End::InterfaceLost) {
+        held.released().await;
+    }
     Ok(end)
 }
 
@@ -205,8 +232,6 @@ fn open_plane(
     relay_sink: Arc<dyn RelaySink>,
     events: mpsc::Sender<dataplane::DataEvent>,
 ) -> anyhow::Result<(DataPlane, u16, crate::tun::TunClaim)> {
-    let tun = Tun::open(&TunConfig { name: config.interface.clone(), queues: config.shards.into(), persistent: true })?;
-    let (queues, claim) = tun.into_queues();
     let mut sockets = Vec::with_capacity(config.shards.into());
     let mut port = config.listen_port;
     for _ in 0..config.shards {
@@ -216,6 +241,9 @@ fn open_plane(
         port = socket.local_addr().port();
         sockets.push(Arc::new(socket));
     }
+    // After the port, which may be in use: the interface outlives a failed start.
+    let tun = Tun::open(&TunConfig { name: config.interface.clone(), queues: config.shards.into(), persistent: true })?;
+    let (queues, claim) = tun.into_queues();
     let private_key = key.clone();
     let plane = DataPlane::start(dataplane::Config { tun: queues, sockets, private_key, relay: relay_sink, events })?;
     Ok((plane, port, claim))

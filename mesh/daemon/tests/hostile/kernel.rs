@@ -103,7 +103,8 @@ pub(crate) fn ip(host: &Host, arguments: &str) -> Result<String> {
     host.run(Command::new("ip").args(arguments.split_whitespace()))
 }
 
-fn index(host: &Host, interface: &str) -> Result<String> {
+/// Tells an interface from a later one of the same name.
+pub(crate) fn index(host: &Host, interface: &str) -> Result<String> {
     let line = ip(host, &format!("-o link show dev {interface}"))?;
     Ok(line.split(':').next().unwrap_or_default().to_owned())
 }

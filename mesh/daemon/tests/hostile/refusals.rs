@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use keystone_lab::wireguard::{End, Maker};
 use keystone_lab::{Host, World};
 
+use crate::kernel::index;
 use crate::stage::{KEYSTONE_MESH, Pair, status};
 use crate::{OURS, in_world, node, state_of};
 
@@ -70,13 +71,13 @@ fn a_second_daemon_on_the_same_state_is_kept_out() {
     in_world("refusals::a_second_daemon_on_the_same_state_is_kept_out", |world| {
         let mut first = lone_daemon(world)?;
         first.start()?;
+        let interface = index(first.host(), first.interface())?;
         let mut second = End::new(first.host(), Maker::Keystone, KEYSTONE_MESH.as_ref(), first.settings().clone());
-        // The control socket of the first answers, whoever runs; so the second's own words are looked for.
         second.settings_mut().listen_port += 1;
         let said = run_to_its_end(&second)?;
         ensure!(said.contains("is in use by another keystone-mesh process") && said.contains("--state-dir"), "{said}");
         ensure!(status(&first)?.node.listen_port == first.settings().listen_port, "the first one goes on");
-        ensure!(has_interface(first.host(), first.interface()), "its interface is where it was");
+        ensure!(index(first.host(), first.interface())? == interface, "its interface is the same one");
         Ok(())
     });
 }
