@@ -119,6 +119,7 @@ pub async fn run(places: &Places, config: Config, token: Option<Token>) -> anyho
 async fn run_once(places: &Places, config: Config, token: Option<Token>, stop: &mut Stop) -> anyhow::Result<End> {
     let started = Instant::now();
     let start = prepare(places, &config, token)?;
+    let store = uplink::open_store(&start, &config)?;
     preflight::require()?;
     let listener = control::bind(&places.socket())?;
 
@@ -129,7 +130,7 @@ async fn run_once(places: &Places, config: Config, token: Option<Token>, stop: &
     let plane = Arc::new(plane);
     let endpoint = QuicEndpoint::new(plane.quic_socket(), start.secret.identity(), EndpointLimits::default())
         .context("cannot start QUIC")?;
-    let uplink = Uplink::start(&start, &config, endpoint, &plane)?;
+    let uplink = Uplink::start(&start, &config, store, endpoint, &plane)?;
     relay_sink.set(&uplink.relays);
     let keeper = keeper::start(&config.interface)?;
     let (calls_in, calls) = mpsc::channel(CALLS);

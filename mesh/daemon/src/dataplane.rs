@@ -293,6 +293,11 @@ impl DataPlane {
         Arc::clone(&self.shared.quic) as _
     }
 
+    /// Counts a datagram that the control side has dropped.
+    pub fn count_drop(&self, reason: DropReason) {
+        self.shared.counters.drop(reason, 1);
+    }
+
     /// What happened so far.
     pub fn stats(&self) -> Stats {
         let table = self.shared.table.load();

@@ -29,7 +29,7 @@
 //! ```
 //!
 //! What drives the product on such a world is in [`mesh`], how time is measured in [`ping`], and the stories that
-//! `keystone-lab` tells in [`scenario`].
+//! `keystone-lab` tells in [`scenario`]. Plain WireGuard peers, ours and others', are in [`wireguard`].
 
 mod conntrack;
 mod host;
@@ -49,6 +49,7 @@ pub mod scenario;
 pub mod story;
 mod tool;
 pub mod wait;
+pub mod wireguard;
 mod world;
 
 pub use host::Host;

@@ -61,6 +61,11 @@ impl Uplink {
         Ok(uplink)
     }
 
+    /// A cable that is plugged in and configured already, seen from this end.
+    pub(crate) fn plugged(near: End, far: End, lease: Lease) -> Self {
+        Self { near, far, lease: Mutex::new(lease) }
+    }
+
     /// Pulls the cable: the node sees its carrier go, and keeps its addresses.
     pub fn cut(&self) -> Result<()> {
         self.far.namespace.ip(&format!("link set dev {} down\n", self.far.device))

@@ -44,6 +44,15 @@ struct Cli {
     /// outage: how long home and relay are gone
     #[arg(long, value_name = "MINUTES", default_value_t = 10.0, value_parser = minutes)]
     minutes: f64,
+    /// bench-peers: rounds, in each of which every program has its turn
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: u32,
+    /// bench-peers: how long each direction is measured
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    seconds: u32,
+    /// bench-peers: measure the cost of idling alone
+    #[arg(long)]
+    idle: bool,
 }
 
 fn main() -> ExitCode {
@@ -61,7 +70,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         return list();
     }
     if !sandbox::is_inside() {
-        return enter_sandbox();
+        return enter_sandbox(cli.scenario);
     }
     let place = sandbox::settle()?;
     let options = Options {
@@ -71,14 +80,17 @@ fn run(cli: Cli) -> Result<ExitCode> {
         mesh_bin: cli.mesh_bin,
         joins: cli.joins,
         outage: Duration::from_secs_f64(cli.minutes * 60.0),
+        rounds: cli.rounds,
+        seconds: cli.seconds,
+        idle: cli.idle,
     };
     let shown = scenario::play(cli.scenario, &options, place)?;
     Ok(if shown { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Runs this program again, with the same arguments, where nothing can be left behind.
-fn enter_sandbox() -> Result<ExitCode> {
-    preflight::ensure(&[preflight::NETWORK_TOOLS, preflight::SCENARIO_TOOLS].concat())?;
+fn enter_sandbox(scenario: Scenario) -> Result<ExitCode> {
+    preflight::ensure(&scenario.tools())?;
     let arguments: Vec<OsString> = env::args_os().skip(1).collect();
     let status = Sandbox::enter(arguments)?.wait_or_interrupt()?;
     Ok(ExitCode::from(u8::try_from(sandbox::exit_code(status)).unwrap_or(1)))

@@ -50,6 +50,11 @@ impl Program {
         );
         Ok(Self(path))
     }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
 }
 
 /// One machine's installation of the program: its state, its control socket, its log and, while it runs, its daemon.

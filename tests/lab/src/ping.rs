@@ -1,7 +1,7 @@
 //! Pings that run in the background and remember when each reply came: the lab's clock for "how long until" and "how long
 //! was it gone".
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -12,9 +12,9 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 
 use crate::host::Host;
 
-/// ICMP echo request and reply (RFC 792).
-const ECHO_REQUEST: u8 = 8;
-const ECHO_REPLY: u8 = 0;
+/// Types of echo request and reply, of ICMP (RFC 792) and of ICMPv6 (RFC 4443).
+const ECHO_V4: (u8, u8) = (8, 0);
+const ECHO_V6: (u8, u8) = (128, 129);
 
 /// Header (8 bytes), our 32-bit number (the header's 16 bits wrap in a long run), padding to the usual 56 bytes.
 const PACKET: usize = 8 + 56;
@@ -29,6 +29,7 @@ pub struct Pinger {
 }
 
 struct Shared {
+    target: SocketAddr,
     stop: AtomicBool,
     echoes: Mutex<Vec<Echo>>,
     replied: Condvar,
@@ -42,20 +43,22 @@ struct Echo {
 
 impl Pinger {
     /// Starts at once, and goes on whatever happens: a missing route or device is no more than a lost reply.
-    pub fn start(host: &Host, target: Ipv4Addr, every: Duration) -> Result<Self> {
+    pub fn start(host: &Host, target: impl Into<IpAddr>, every: Duration) -> Result<Self> {
+        let target = SocketAddr::new(target.into(), 0);
         let flags = SockFlag::SOCK_CLOEXEC;
-        let opened = host
-            .enter(|| socket(AddressFamily::Inet, SockType::Datagram, flags, SockProtocol::Icmp).map(UdpSocket::from));
+        let (family, protocol) = match target {
+            SocketAddr::V4(_) => (AddressFamily::Inet, SockProtocol::Icmp),
+            SocketAddr::V6(_) => (AddressFamily::Inet6, SockProtocol::IcmpV6),
+        };
+        let opened = host.enter(|| socket(family, SockType::Datagram, flags, protocol).map(UdpSocket::from));
         let out = opened.with_context(|| format!("on {}: open an ICMP socket", host.name()))?;
         out.set_read_timeout(Some(RECEIVE_TIMEOUT)).context("set a timeout")?;
         let back = out.try_clone().context("share the socket")?;
-        let shared =
-            Arc::new(Shared { stop: AtomicBool::new(false), echoes: Mutex::default(), replied: Condvar::new() });
+        let stop = AtomicBool::new(false);
+        let shared = Arc::new(Shared { target, stop, echoes: Mutex::default(), replied: Condvar::new() });
         let (sender, receiver) = (Arc::clone(&shared), Arc::clone(&shared));
-        let threads = vec![
-            thread::spawn(move || sender.send(&out, SocketAddr::new(IpAddr::V4(target), 0), every)),
-            thread::spawn(move || receiver.receive(&back)),
-        ];
+        let threads =
+            vec![thread::spawn(move || sender.send(&out, every)), thread::spawn(move || receiver.receive(&back))];
         Ok(Self { shared, threads })
     }
 
@@ -105,7 +108,12 @@ impl Shared {
         self.echoes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn send(&self, socket: &UdpSocket, target: SocketAddr, every: Duration) {
+    /// Types of a request to the target and of its reply.
+    fn types(&self) -> (u8, u8) {
+        if self.target.is_ipv4() { ECHO_V4 } else { ECHO_V6 }
+    }
+
+    fn send(&self, socket: &UdpSocket, every: Duration) {
         let mut due = Instant::now();
         while !self.stop.load(Ordering::Relaxed) {
             let number = {
@@ -114,9 +122,9 @@ impl Shared {
                 echoes.len() - 1
             };
             let mut packet = [0; PACKET];
-            packet[0] = ECHO_REQUEST;
+            packet[0] = self.types().0;
             packet[8..16].copy_from_slice(&(number as u64).to_be_bytes());
-            let _no_route_yet = socket.send_to(&packet, target);
+            let _no_route_yet = socket.send_to(&packet, self.target);
             due += every;
             // After a stall (a busy machine) the pace goes on from here instead of catching up in a burst.
             due = due.max(Instant::now());
@@ -129,7 +137,7 @@ impl Shared {
         while !self.stop.load(Ordering::Relaxed) {
             let Ok((length, _)) = socket.recv_from(&mut packet) else { continue };
             let replied = Instant::now();
-            if length < 16 || packet[0] != ECHO_REPLY {
+            if length < 16 || packet[0] != self.types().1 {
                 continue;
             }
             let Some(number) = packet[8..16].try_into().ok().map(u64::from_be_bytes) else { continue };

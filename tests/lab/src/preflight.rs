@@ -32,6 +32,9 @@ pub const NETWORK_TOOLS: &[Tool] =
 /// What the scenarios need besides.
 pub const SCENARIO_TOOLS: &[Tool] = &[tool("iperf3", "iperf3")];
 
+/// What plain WireGuard peers and measurements with them need besides.
+pub const PEER_TOOLS: &[Tool] = &[tool("wg", "wireguard-tools"), tool("ethtool", "ethtool")];
+
 /// How long apt may wait for another apt, in seconds: tests of several crates may come here together.
 const APT_LOCK_TIMEOUT: &str = "DPkg::Lock::Timeout=120";
 

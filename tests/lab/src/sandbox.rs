@@ -151,6 +151,15 @@ pub fn in_own_world(name: &str, test: impl FnOnce() -> Result<()>) {
     output.read_to_string(&mut text).expect("the test inside writes UTF-8");
     let status = sandbox.wait().expect("the sandbox ends");
     assert!(status.success(), "{name} fails in its sandbox: {status}\n{text}");
+    show(&text);
+}
+
+/// What a test inside had to say, but for the lines of its test runner, which would count twice.
+#[expect(clippy::print_stdout, reason = "this way it is the output of the test outside, to be shown or not")]
+fn show(text: &str) {
+    text.lines()
+        .filter(|line| !line.starts_with("test ") && !line.starts_with("running "))
+        .for_each(|l| println!("{l}"));
 }
 
 /// What the inside knows about where it is.

@@ -1,5 +1,6 @@
 //! The stories that `keystone-lab` tells. Each builds its network, plays, measures, and claims what must be so.
 
+mod bench_peers;
 mod curtain;
 mod home_and_cloud;
 mod join;
@@ -21,6 +22,10 @@ use crate::story::Story;
 use crate::{Wire, preflight};
 use stage::Stage;
 
+/// Distance of the pings that show that a tunnel is there, and how long it may take.
+const PING_EVERY: Duration = Duration::from_millis(20);
+const BENCH_PATIENCE: Duration = Duration::from_secs(20);
+
 /// Which story.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Scenario {
@@ -30,6 +35,8 @@ pub enum Scenario {
     Joins,
     /// Control plane and relay are gone for long; what was direct goes on, and a worker restarts meanwhile
     Outage,
+    /// Throughput, CPU and memory of plain WireGuard peers side by side: ours, wireguard-go and boringtun-cli
+    BenchPeers,
     /// The lab itself: each kind of NAT, and how a probe finds it; needs no keystone-mesh
     Nats,
 }
@@ -37,9 +44,15 @@ pub enum Scenario {
 impl Scenario {
     const fn needs_mesh(self) -> bool {
         match self {
-            Self::HomeAndCloud | Self::Joins | Self::Outage => true,
+            Self::HomeAndCloud | Self::Joins | Self::Outage | Self::BenchPeers => true,
             Self::Nats => false,
         }
+    }
+
+    /// The programs of the system that it calls.
+    pub fn tools(self) -> Vec<preflight::Tool> {
+        let peers: &[_] = if self == Self::BenchPeers { preflight::PEER_TOOLS } else { &[] };
+        [preflight::NETWORK_TOOLS, preflight::SCENARIO_TOOLS, peers].concat()
     }
 }
 
@@ -58,6 +71,12 @@ pub struct Options {
     pub joins: u32,
     /// How long [`Scenario::Outage`] lasts.
     pub outage: Duration,
+    /// Rounds of [`Scenario::BenchPeers`].
+    pub rounds: u32,
+    /// Seconds for each direction in [`Scenario::BenchPeers`].
+    pub seconds: u32,
+    /// Only the second half of [`Scenario::BenchPeers`].
+    pub idle: bool,
 }
 
 /// Plays `scenario` inside the sandbox. False if something that it shows is not so, which has then been said.
@@ -76,6 +95,7 @@ pub fn play(scenario: Scenario, options: &Options, place: Place) -> Result<bool>
         Scenario::HomeAndCloud => home_and_cloud::play(&mut stage, &mut story),
         Scenario::Joins => joins::play(&mut stage, &mut story, options.joins),
         Scenario::Outage => outage::play(&mut stage, &mut story, options.outage),
+        Scenario::BenchPeers => bench_peers::play(&mut stage, &mut story, options),
         Scenario::Nats => nats::play(&mut stage, &mut story),
     };
     let (results, broken_off) = match played {

@@ -1,12 +1,13 @@
 //! The world: the internet and everything that hangs on it.
 
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
 
 use crate::host::Host;
 use crate::internet::Internet;
-use crate::link::{End, Uplink};
+use crate::link::{End, Lease, Uplink};
 use crate::netns::Namespace;
 use crate::router::{Router, RouterSpec};
 use crate::sandbox;
@@ -62,6 +63,21 @@ impl World {
         Ok(Host::new(&self.fabric, namespace, uplink, None))
     }
 
+    /// Two hosts on one cable, with nothing else: 192.0.2.1 and 192.0.2.2, 2001:db8:ffff::1 and 2001:db8:ffff::2.
+    pub fn two_hosts(&self, names: [&str; 2]) -> Result<[Host; 2]> {
+        for name in names {
+            check_name(name)?;
+        }
+        let [a, b] = names.map(|name| Namespace::create(name).map(Arc::new));
+        let (a, b) = (a?, b?);
+        let ends = || (End::new(&a, "eth0"), End::new(&b, "eth0"));
+        let (near, far) = ends();
+        let uplink = Uplink::plug(near, far, lease_on_cable(1, 2), self.fabric.wire)?;
+        let (far, near) = ends();
+        let same = Uplink::plugged(near, far, lease_on_cable(2, 1));
+        Ok([Host::new(&self.fabric, a.clone(), uplink, None), Host::new(&self.fabric, b.clone(), same, None)])
+    }
+
     /// A router as `spec` says; [`Router::host`] puts hosts behind it.
     pub fn router(&self, name: &str, spec: RouterSpec) -> Result<Router> {
         Router::new(&self.fabric, name, spec)
@@ -83,6 +99,17 @@ impl World {
     pub fn set_loss(&self, host: &Host, permille: u16) -> Result<()> {
         self.fabric.internet.set_loss(host.site(), permille)
     }
+}
+
+/// What a host on a cable of its own has, and the one at the other end.
+fn lease_on_cable(own: u8, other: u8) -> Lease {
+    let v4 = |number: u8| Ipv4Addr::new(192, 0, 2, number);
+    let v6 = |number: u8| Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, number.into());
+    let lines = |number: u8| {
+        let (v4, v6) = (v4(number), v6(number));
+        format!("link set dev eth0 up\naddr replace {v4}/24 dev eth0\naddr replace {v6}/64 dev eth0 nodad\n")
+    };
+    Lease { v4: v4(own), v6: Some(v6(own)), delegated_v6: None, near: lines(own), far: lines(other) }
 }
 
 /// Names become names of devices and namespaces, and must not be those that every node has.

@@ -3,12 +3,12 @@
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use keystone_mesh_core::Via;
 use keystone_mesh_core::kernel::{Desired, Route};
 use keystone_mesh_core::mesh::{Counters, Mesh, Output, with_port};
 use keystone_mesh_core::network::SignedNetwork;
 use keystone_mesh_core::node::{Entry, NodeRecord, SignedApproval};
 use keystone_mesh_core::relay::RelayAddr;
+use keystone_mesh_core::{DropReason, Via};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::addresses::{self, Resolved};
@@ -66,7 +66,7 @@ pub(super) struct Driver {
     // --- what was done ---
     last_seq: u64,
     timeout: Option<Instant>,
-    saver: Saver,
+    saver: Option<Saver>,
     dirty: bool,
     service: Option<(Vec<IpAddr>, Service)>,
     service_addresses: Vec<IpAddr>,
@@ -78,7 +78,7 @@ impl Driver {
         let (resolved, _) = addresses::start(config.endpoints.clone(), endpoints);
         let registry_state = if uplink.registry.is_some() { RegistryState::Waiting } else { RegistryState::None };
         let relay_changes = uplink.relays.changes();
-        let saver = Saver::start(start.state.clone());
+        let saver = Some(Saver::start(start.state.clone()));
         Self {
             start,
             config,
@@ -171,7 +171,9 @@ impl Driver {
         self.save();
         drop(self.service);
         drop(self.keeper);
-        self.saver.finish().await;
+        if let Some(saver) = self.saver {
+            saver.finish().await;
+        }
         self.uplink.finish().await;
     }
 
@@ -182,6 +184,7 @@ impl Driver {
         match event {
             DataEvent::Probe { via, from, bytes } => {
                 if let Err(refusal) = self.mesh.handle_probe(via, from, &bytes, now) {
+                    self.local.plane.count_drop(DropReason::BadProbe);
                     tracing::trace!(%via, %refusal, "probe dropped");
                 }
             }
@@ -386,12 +389,10 @@ impl Driver {
     }
 
     fn save(&self) {
-        if self.start.membership.is_none() {
-            return;
-        }
+        let Some(saver) = self.saver.as_ref().filter(|_| self.start.membership.is_some()) else { return };
         let (_, entries) = self.mesh.known();
         let live = self.mesh.hints().into_iter().map(|hint| LivePeer { key: hint.peer, direct: hint.direct });
-        self.saver.save(Snapshot {
+        saver.save(Snapshot {
             network: self.signed_network.clone(),
             entries: entries.cloned().collect(),
             live: live.collect(),
@@ -441,6 +442,10 @@ impl Driver {
             tracing::warn!(why, "the control plane was not told; remove this node there");
         }
         self.start.membership = None;
+        // First what is still to be written, so that it does not come back.
+        if let Some(saver) = self.saver.take() {
+            saver.finish().await;
+        }
         self.start.state.forget().map_err(|error| error.to_string())
     }
 }

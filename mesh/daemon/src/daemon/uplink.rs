@@ -63,6 +63,23 @@ struct Ways {
     credential: Option<Vec<u8>>,
 }
 
+/// Opens the registry of the control plane, with what the configuration says about the network; none elsewhere.
+pub(super) fn open_store(start: &Start, config: &Config) -> anyhow::Result<Option<Arc<Store>>> {
+    if !start.membership.as_ref().is_some_and(|membership| membership.control_plane) {
+        return Ok(None);
+    }
+    let store = Store::open(&start.state.file(REGISTRY_FILE), start.secret.identity())?;
+    store.edit_network(|network| {
+        if !config.relays.is_empty() {
+            network.relays.clone_from(&config.relays);
+        }
+        if !config.gateways.is_empty() {
+            network.gateways.clone_from(&config.gateways);
+        }
+    })?;
+    Ok(Some(Arc::new(store)))
+}
+
 /// Everything between this node and others that is not the data plane.
 pub(super) struct Uplink {
     pub(super) endpoint: QuicEndpoint,
@@ -82,12 +99,12 @@ impl Uplink {
     pub(super) fn start(
         start: &Start,
         config: &Config,
+        store: Option<Arc<Store>>,
         endpoint: QuicEndpoint,
         plane: &Arc<DataPlane>,
     ) -> anyhow::Result<Self> {
         let identity = start.secret.identity();
         let network = start.membership.as_ref().map(|m| m.network).or(start.token.as_ref().map(|token| token.network));
-        let control_plane = start.membership.as_ref().is_some_and(|membership| membership.control_plane);
         let shown = start.membership.as_ref().and_then(|membership| membership.approval.as_ref()).map(credential);
         let known = start.snapshot.network.as_ref().map(|network| network.get().rendezvous()).unwrap_or_default();
         let first = start.membership.as_ref().map(|m| m.rendezvous.clone()).unwrap_or_default();
@@ -105,7 +122,6 @@ impl Uplink {
         let mut handlers: Vec<(Protocol, Arc<dyn ConnectionHandler>)> = Vec::new();
         let mut serving = Vec::new();
         let mut spliced: Option<Arc<dyn AcceptSpliced>> = None;
-        let store = if control_plane { Some(Arc::new(open_store(start, config)?)) } else { None };
         if let Some(store) = &store {
             let (acceptor, streams) = GatewayAcceptor::new(&identity, WAITING_STREAMS);
             serving.push(tokio::spawn(serve_gateway(Arc::new(Gateway::new(store.clone())), streams)));
@@ -195,19 +211,6 @@ fn merged<const N: usize>(lists: [Vec<Rendezvous>; N]) -> Vec<Rendezvous> {
         }
     }
     ways
-}
-
-fn open_store(start: &Start, config: &Config) -> anyhow::Result<Store> {
-    let store = Store::open(&start.state.file(REGISTRY_FILE), start.secret.identity())?;
-    store.edit_network(|network| {
-        if !config.relays.is_empty() {
-            network.relays.clone_from(&config.relays);
-        }
-        if !config.gateways.is_empty() {
-            network.gateways.clone_from(&config.gateways);
-        }
-    })?;
-    Ok(store)
 }
 
 fn dialler(endpoint: QuicEndpoint, network: NodeId, ways: Arc<Mutex<Ways>>) -> Dial {

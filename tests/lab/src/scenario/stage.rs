@@ -50,10 +50,21 @@ impl Stage {
         Ok((host, router))
     }
 
+    /// Two hosts with nothing but a cable between them.
+    pub(super) fn two_hosts(&mut self, names: [&str; 2]) -> Result<[Host; 2]> {
+        let hosts = self.world.two_hosts(names)?;
+        self.hosts.extend(hosts.iter().cloned());
+        Ok(hosts)
+    }
+
+    /// The program under test.
+    pub(super) fn program(&self) -> Result<&Program> {
+        self.program.as_ref().context("this story runs without keystone-mesh")
+    }
+
     /// A fresh installation of the program on `host`.
     pub(super) fn install(&mut self, host: &Host, name: &str) -> Result<Arc<Node>> {
-        let program = self.program.as_ref().context("this story runs without keystone-mesh")?;
-        let node = Arc::new(Node::new(program, host, name)?);
+        let node = Arc::new(Node::new(self.program()?, host, name)?);
         self.nodes.push(Arc::clone(&node));
         Ok(node)
     }
