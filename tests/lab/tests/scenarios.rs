@@ -11,7 +11,9 @@ fn mesh_bin() -> Option<PathBuf> {
 
 fn play(arguments: &[&str]) {
     let Some(mesh_bin) = mesh_bin() else {
-        eprintln!("SKIPPED scenario {arguments:?}: keystone-mesh is not built; run `cargo build -p keystone-mesh` first");
+        eprintln!(
+            "SKIPPED scenario {arguments:?}: keystone-mesh is not built; run `cargo build -p keystone-mesh` first"
+        );
         return;
     };
     let played = Command::new(env!("CARGO_BIN_EXE_keystone-lab"))
