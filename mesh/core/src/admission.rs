@@ -368,7 +368,8 @@ mod tests {
         let mut copied = record(3, "worker-2");
         copied.public_key = record(2, "worker-1").public_key;
         let worker = entry(1, 2, "worker-1", "10.98.0.2/32", &[]);
-        let refusal = join_with(&[worker.clone()], &copied, Some(&token(&[])), &BTreeMap::new()).unwrap_err();
+        let refusal =
+            join_with(std::slice::from_ref(&worker), &copied, Some(&token(&[])), &BTreeMap::new()).unwrap_err();
         assert_eq!(refusal.code(), "key-taken");
         let refusal = join_with(&[worker], &record(2, "worker-2"), Some(&token(&[])), &BTreeMap::new()).unwrap_err();
         assert_eq!(refusal.code(), "identity-known");

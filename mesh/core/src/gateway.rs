@@ -48,6 +48,7 @@ pub enum ToGateway {
 }
 
 /// From the gateway.
+#[expect(clippy::large_enum_variant, reason = "one at a time, on its way to or from the wire")]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "say", rename_all = "kebab-case")]
 pub enum FromGateway {

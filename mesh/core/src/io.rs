@@ -82,6 +82,8 @@ drop_reasons! {
     MalformedWireGuard = "malformed_wireguard",
     /// A handshake from a key that is no peer of ours.
     UnknownPeer = "unknown_peer",
+    /// A probe that nobody sent who may probe this node: unknown, not authentic, or answering nothing.
+    BadProbe = "bad_probe",
     /// A data packet for a session that does not exist (any more).
     UnknownSession = "unknown_session",
     /// A handshake whose MAC1 is not made for our key.

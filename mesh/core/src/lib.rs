@@ -24,6 +24,8 @@
 //! | [`gateway`], [`wire`] | what node and gateway say to each other, and its framing |
 //! | [`mesh`] | the machine that composes the above for one node |
 
+#![cfg_attr(test, expect(clippy::disallowed_methods, reason = "tests need an origin of time"))]
+
 pub mod admission;
 pub mod allowed_ips;
 pub mod backoff;
@@ -43,5 +45,6 @@ pub mod throttle;
 pub mod token;
 pub mod wire;
 
+pub use allowed_ips::AllowedIps;
 pub use io::{DropReason, PeerConfig, PeerOp, Via};
 pub use key::{Identity, NodeId, PresharedKey, PrivateKey, PublicKey, Secret, Signature};

@@ -13,6 +13,7 @@
 //! [`Output::Idle`]. Losing the registry is no input: what is known stays in force.
 
 mod peer;
+mod words;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -22,8 +23,9 @@ use std::time::Instant;
 use ipnet::IpNet;
 
 use self::peer::{Peer, Way};
+pub use self::words::{Counters, Hint, Output, Own, PeerStatus, ProbeRefusal};
 use crate::io::{PeerConfig, PeerOp, Via};
-use crate::key::{NodeId, PrivateKey, PublicKey};
+use crate::key::{NodeId, PublicKey};
 use crate::network::Network;
 use crate::node::{Entry, MAX_ENDPOINTS, NodeName, NodeRecord};
 use crate::path::candidate::usable;
@@ -31,127 +33,6 @@ use crate::path::{self, Candidate, CandidateKind, Nat, Observations, TimeoutReas
 use crate::plan::{self, Plan};
 use crate::probe::{self, KeyHint, Unverified};
 use crate::relay::RelayAddr;
-
-/// Who this node is, and what does not change while it runs.
-#[derive(Clone, Debug)]
-pub struct Own {
-    /// Its identity.
-    pub identity: NodeId,
-    /// Its WireGuard key.
-    pub key: PrivateKey,
-    /// Its name; none for a node with plain peers alone, which publishes nothing.
-    pub name: Option<NodeName>,
-    /// Relays that it listens on while the network's document is not known yet: a joiner's, from its token.
-    pub relays: Vec<NodeId>,
-    /// MTU inside the mesh, bytes.
-    pub mtu: u16,
-    /// Networks behind this node for which it asks to be the way.
-    pub routes: Vec<IpNet>,
-    /// Addresses on the interface beside those of the network, for plain peers.
-    pub addresses: Vec<IpNet>,
-    /// Fresh randomness of this start of the daemon.
-    pub seed: [u8; 32],
-}
-
-/// What the driver is to do.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Output {
-    /// Change the data plane's peers.
-    Peers(Vec<PeerOp>),
-    /// Make the interface's addresses and the mesh's routes so.
-    Kernel {
-        /// Addresses of the interface.
-        addresses: Vec<IpNet>,
-        /// What is reached through it.
-        routes: Vec<IpNet>,
-    },
-    /// Keep connections to these relays, and to no others.
-    Relays(Vec<RelayAddr>),
-    /// Send the peer's packets this way; none: nowhere.
-    SetPath {
-        /// The peer.
-        peer: PublicKey,
-        /// The way.
-        via: Option<Via>,
-    },
-    /// Begin a handshake at once: the peer may still use a session that this node has lost.
-    StartHandshake(PublicKey),
-    /// Send a datagram.
-    SendProbe {
-        /// The peer's identity, for relays.
-        to: Option<NodeId>,
-        /// Which way.
-        via: Via,
-        /// The datagram.
-        bytes: Vec<u8>,
-    },
-    /// Sign this and publish it. Its sequence number is to be set: higher than any before.
-    Publish(NodeRecord),
-    /// What is known changed: keep it on disk.
-    Save,
-    /// Drained. Call [`Mesh::handle_timeout`] then.
-    Timeout {
-        /// When.
-        at: Instant,
-        /// What for.
-        reason: TimeoutReason,
-    },
-    /// Drained. Nothing to do until the next input.
-    Idle,
-}
-
-/// What the data plane counted of one peer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Counters {
-    /// The peer.
-    pub peer: PublicKey,
-    /// Data packets sent so far.
-    pub sent: u64,
-    /// Authenticated data packets received so far.
-    pub received: u64,
-    /// Where the latest of them came from.
-    pub received_via: Option<Via>,
-}
-
-/// A peer for people and JSON.
-#[derive(Clone, Debug)]
-pub struct PeerStatus {
-    /// Its name.
-    pub name: String,
-    /// Its identity; none for a plain WireGuard peer.
-    pub identity: Option<NodeId>,
-    /// Its WireGuard key.
-    pub key: PublicKey,
-    /// Its mesh addresses.
-    pub addresses: Vec<IpNet>,
-    /// Networks behind it.
-    pub routes: Vec<IpNet>,
-    /// Its path.
-    pub path: path::Status,
-}
-
-/// What a restarted node does better for having: see [`Mesh::hints`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Hint {
-    /// The peer.
-    pub peer: PublicKey,
-    /// Where it was last reached directly.
-    pub direct: Option<SocketAddr>,
-}
-
-/// Why a datagram that looked like a probe was dropped.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ProbeRefusal {
-    /// It does not decode or authenticate.
-    #[error(transparent)]
-    Bad(#[from] probe::ProbeError),
-    /// Nobody has the key that it names.
-    #[error("a probe of a node that is no peer")]
-    UnknownSender,
-    /// The relay names another sender than the one that made it.
-    #[error("a probe that a relay says is another node's")]
-    OtherSender,
-}
 
 /// The machine. See the [module](self).
 pub struct Mesh {
@@ -376,13 +257,16 @@ impl Mesh {
         }
     }
 
-    /// What the data plane counted; to be sampled every 250 ms while [`Mesh::is_active`], else every second.
-    pub fn handle_counters(&mut self, counters: &[Counters], now: Instant) {
+    /// What the data plane counted; to be sampled every 100 ms while there is traffic, else every half second. Whether
+    /// anything was counted since the last time.
+    pub fn handle_counters(&mut self, counters: &[Counters], now: Instant) -> bool {
+        let mut any = false;
         for counter in counters {
             let Some(peer) = self.peers.get_mut(&counter.peer) else { continue };
             let received = counter.received > peer.received;
             let sent = counter.sent > peer.sent;
             (peer.received, peer.sent) = (counter.received, counter.sent);
+            any |= received || sent;
             match &mut peer.way {
                 Way::Agent(agent) => {
                     if let (true, Some(via)) = (received, counter.received_via) {
@@ -398,6 +282,7 @@ impl Mesh {
                 self.drain(counter.peer, now);
             }
         }
+        any
     }
 
     /// The time that [`Output::Timeout`] named has come.
@@ -430,11 +315,6 @@ impl Mesh {
         }
     }
 
-    /// Whether any peer has traffic or is being connected to.
-    pub fn is_active(&self) -> bool {
-        !self.deadlines.is_empty()
-    }
-
     /// Every peer, by name.
     pub fn peers(&self, now: Instant) -> Vec<PeerStatus> {
         let mut peers: Vec<_> = self.peers.iter().map(|(key, peer)| peer.status(*key, &self.plan, now)).collect();
@@ -460,6 +340,14 @@ impl Mesh {
     /// What is left out of the plan, and why.
     pub fn faults(&self) -> &[plan::Fault] {
         &self.plan.faults
+    }
+
+    /// Networks that this node asks to be the way to and is not allowed to be.
+    pub fn unapproved_routes(&self) -> impl Iterator<Item = IpNet> + '_ {
+        let network = self.network.as_ref().map(|network| network.id);
+        let own = self.own.name.as_ref().and_then(|name| self.entries.get(name));
+        let approved = own.and_then(|entry| entry.approved(network?)).map(|approval| &approval.routes);
+        self.own.routes.iter().copied().filter(move |route| approved.is_some_and(|routes| !routes.contains(route)))
     }
 
     /// What a snapshot keeps of the registry.

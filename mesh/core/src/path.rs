@@ -16,7 +16,7 @@
 //! **First packet.** A connected relay is selected before anything is asked, in the idle state already: the first
 //! packet has somewhere to go, and its passing is what wakes the agent.
 //!
-//! **Becoming direct.** Every address of the peer is asked at once ([rounds](active)). Each end also tells the other
+//! **Becoming direct.** Every address of the peer is asked at once. Each end also tells the other
 //! through the relay to do the same, because a NAT lets a packet in only after one went out: whoever sends second
 //! gets through. Each ping is answered, and the address that it came from is asked too; that is how the port of a peer
 //! behind an endpoint-dependent ("symmetric") NAT becomes known. What becomes direct: everything where one side's NAT
@@ -38,16 +38,17 @@
 //!
 //! **Trust.** An address that was learned from a ping, a punch or a packet is only asked, never used: traffic follows
 //! pongs, which echo a fresh transaction id and are authenticated. A recorded ping that is replayed from elsewhere
-//! costs a pong and a few small pings, and moves nothing.
+//! costs a pong and a few small pings, within a budget, and moves nothing; at worst it keeps an idle agent awake.
 //!
 //! # What the driver does
 //!
 //! * Feeds every verified probe to [`PathAgent::handle_probe`], encodes and sends every [`Output::Send`].
-//! * **Samples the peer's counters every 250 ms while the peer is active** (idle peers may be sampled as seldom as
+//! * **Samples the peer's counters every 100 ms while the peer is active** (idle peers may be sampled as seldom as
 //!   every second): if authenticated packets came in, [`PathAgent::handle_received`] with where they came from; then,
 //!   if data packets went out, [`PathAgent::handle_sent`]. In this order. WireGuard's own empty keepalives are best
 //!   left out of both: they would keep an idle peer awake.
-//! * Calls [`PathAgent::handle_demand`] when a packet finds no way.
+//! * Calls [`PathAgent::handle_demand`] when a packet finds no way, and as soon as it likes when traffic to an idle
+//!   peer begins (a handshake is started): probing need not wait for the next sample.
 //! * Drains [`PathAgent::poll_output`] after every input and at the time that it names.
 //! * Sends direct probes with "don't fragment" set, or their size would say nothing.
 //!
@@ -295,7 +296,7 @@ impl PathAgent {
                     active.ponged(&self.base, via, probe.txid, *seen, now);
                 }
             }
-            Message::Punch { addresses } => self.handle_punch(probe.txid, addresses, now),
+            Message::Punch { answer, addresses } => self.handle_punch(*answer, addresses, now),
         }
     }
 
@@ -316,15 +317,16 @@ impl PathAgent {
         }
     }
 
-    fn handle_punch(&mut self, txid: TxId, addresses: &[SocketAddr], now: Instant) {
+    fn handle_punch(&mut self, is_answer: bool, addresses: &[SocketAddr], now: Instant) {
         if self.base.answers.take(now).is_err() {
             return;
         }
         self.wake(now);
-        if let Some(active) = &mut self.active
-            && active.punched(&mut self.base, txid, addresses, now)
-        {
-            active.punch(&mut self.base, Some(txid));
+        if let Some(active) = &mut self.active {
+            active.punched(&mut self.base, addresses, now);
+            if !is_answer {
+                active.punch(&mut self.base, true);
+            }
         }
     }
 

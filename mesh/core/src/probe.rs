@@ -9,9 +9,9 @@
 //! | 05 'KSP'  | version | kind | n, u16   | key hint | txid   | body   | zeros      | MAC      |
 //! +-----------+---------+------+----------+----------+--------+--------+------------+----------+
 //!
-//! Ping   1   flags, u8 (1: the sender wants the path)     padded, to see whether a full-size packet passes
-//! Pong   2   where the ping was seen to come from         echoes the ping's txid
-//! Punch  3   count, u8, then that many addresses          "probe me at these, I am probing you"
+//! Ping   1   flags (1: the sender wants the path)          padded, to see whether a full-size packet passes
+//! Pong   2   where the ping was seen to come from          echoes the ping's txid
+//! Punch  3   flags (1: answers a punch), count, addresses  "probe me at these, I am probing you"
 //!
 //! address:   4, IPv4, port   |   6, IPv6, port   |   0 (Pong only: the ping came through a relay)
 //! ```
@@ -49,6 +49,7 @@ const MAC_LEN: usize = 16;
 const KEY_LABEL: &[u8] = b"keystone-mesh 1 probe";
 const HINT_LABEL: &[u8] = b"keystone-mesh 1 probe hint";
 const FLAG_WANTED: u8 = 1;
+const FLAG_ANSWER: u8 = 1;
 
 /// UDP payload of a WireGuard data message that carries a packet of `mtu` bytes: 16 bytes of header and 16 of tag.
 /// The size to which pings are padded.
@@ -135,7 +136,7 @@ impl fmt::Debug for KeyHint {
     }
 }
 
-/// Ties a pong to its ping, and a punch to its answer.
+/// Ties a pong to its ping.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TxId(pub [u8; 12]);
 
@@ -160,9 +161,10 @@ pub enum Message {
         /// The address that the ping came from; none if it came through a relay.
         seen: Option<SocketAddr>,
     },
-    /// "Probe me now at these addresses, while I probe you": sent through the relay. An answer to a punch is a punch
-    /// with the same transaction id.
+    /// "Probe me now at these addresses, while I probe you": sent through the relay.
     Punch {
+        /// Whether it answers a punch. Answers are not answered.
+        answer: bool,
         /// At most [`MAX_PUNCH_ADDRESSES`]; the rest is not sent.
         addresses: Vec<SocketAddr>,
     },
@@ -283,7 +285,8 @@ fn encode_message(message: &Message, body: &mut Vec<u8>) -> u8 {
             }
             Kind::Pong
         }
-        Message::Punch { addresses } => {
+        Message::Punch { answer, addresses } => {
+            body.push(if *answer { FLAG_ANSWER } else { 0 });
             let sent = &addresses[..addresses.len().min(MAX_PUNCH_ADDRESSES)];
             body.push(u8::try_from(sent.len()).expect("eight fit a byte"));
             sent.iter().for_each(|addr| encode_address(*addr, body));
@@ -317,6 +320,7 @@ fn decode_message(kind: Kind, body: &[u8]) -> Result<Message, ProbeError> {
             family => Message::Pong { seen: Some(body.address(family)?) },
         },
         Kind::Punch => {
+            let answer = body.byte()? & FLAG_ANSWER != 0;
             let count = usize::from(body.byte()?);
             if count > MAX_PUNCH_ADDRESSES {
                 return Err(ProbeError::Body("more than 8 addresses"));
@@ -325,7 +329,7 @@ fn decode_message(kind: Kind, body: &[u8]) -> Result<Message, ProbeError> {
                 let family = body.byte()?;
                 body.address(family)
             };
-            Message::Punch { addresses: (0..count).map(address).collect::<Result<_, _>>()? }
+            Message::Punch { answer, addresses: (0..count).map(address).collect::<Result<_, _>>()? }
         }
     };
     if body.0.is_empty() { Ok(message) } else { Err(ProbeError::Body("bytes after its end")) }
@@ -382,7 +386,8 @@ mod tests {
         prop_oneof![
             any::<bool>().prop_map(|wanted| Message::Ping { wanted }),
             proptest::option::of(addresses()).prop_map(|seen| Message::Pong { seen }),
-            vec(addresses(), 0..=MAX_PUNCH_ADDRESSES).prop_map(|addresses| Message::Punch { addresses }),
+            (any::<bool>(), vec(addresses(), 0..=MAX_PUNCH_ADDRESSES))
+                .prop_map(|(answer, addresses)| Message::Punch { answer, addresses }),
         ]
     }
 

@@ -74,6 +74,9 @@ enum Command {
         /// Clean up here even where the control plane cannot be told
         #[arg(long)]
         force: bool,
+        /// The interface to take away where no daemon runs that knows it
+        #[arg(long, env = "KEYSTONE_MESH_INTERFACE", default_value = crate::config::DEFAULT_INTERFACE, value_name = "IF")]
+        interface: String,
     },
     /// Check what the daemon needs on this host, and say why peers are not direct
     Doctor(ReadArgs),
@@ -262,7 +265,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             Command::Ping(args) => return bench::ping(&places, &args).await,
             Command::Bench(args) => bench::bench(&places, &args).await,
             Command::Remove { name } => member::remove(&places, name).await,
-            Command::Leave { force } => member::leave(&places, force).await,
+            Command::Leave { force, interface } => member::leave(&places, &interface, force).await,
             Command::Doctor(args) => return doctor::run(&places, args.json).await,
             Command::Completions { shell } => completions(shell),
             Command::Man { directory } => man(&directory),

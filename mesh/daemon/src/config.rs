@@ -337,4 +337,20 @@ mod tests {
         );
         assert!(parse(&text).unwrap_err().to_string().contains("two peers"));
     }
+
+    #[test]
+    fn the_page_describes_every_field_and_flag() {
+        use clap::{Args as _, Command};
+        let page = include_str!("../../../docs/configuration.md");
+        let options = serde_json::to_value(Options::default()).unwrap();
+        for field in options.as_object().unwrap().keys() {
+            assert!(page.contains(&format!("| `{field}` |")), "docs/configuration.md has no row for `{field}`");
+        }
+        for flag in Options::augment_args(Command::new("up")).get_arguments() {
+            let long = flag.get_long().unwrap();
+            assert!(page.contains(&format!("`--{long}`")), "docs/configuration.md does not name --{long}");
+            let env = flag.get_env().unwrap().to_str().unwrap();
+            assert!(page.contains(&format!("`{env}`")), "docs/configuration.md does not name {env}");
+        }
+    }
 }

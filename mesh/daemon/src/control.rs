@@ -126,6 +126,9 @@ pub enum ControlError {
         /// The system's answer.
         source: io::Error,
     },
+    /// The daemon will not, or cannot.
+    #[error("{0}")]
+    Refused(String),
     /// The daemon broke off or said something else.
     #[error("the daemon's answer was not understood ({0}); are CLI and daemon of one version?")]
     Answer(String),
@@ -199,7 +202,20 @@ pub async fn ask(path: &Path, request: &Request) -> Result<Answer, ControlError>
     let late = || ControlError::Answer(format!("nothing within {} s", PATIENCE.as_secs()));
     let line = tokio::time::timeout(PATIENCE, exchange).await.map_err(|_| late())?;
     let line = line.map_err(|error| ControlError::Answer(error.to_string()))?;
-    serde_json::from_str(&line).map_err(|error| ControlError::Answer(error.to_string()))
+    match serde_json::from_str(&line) {
+        Ok(answer) => refusals_are_errors(answer),
+        Err(error) => Err(ControlError::Answer(error.to_string())),
+    }
+}
+
+/// An answer that is not [`Answer::Failed`].
+pub fn refusals_are_errors(answer: Answer) -> Result<Answer, ControlError> {
+    if let Answer::Failed { message } = answer { Err(ControlError::Refused(message)) } else { Ok(answer) }
+}
+
+/// The error of an answer to another question.
+pub fn not_the_question() -> ControlError {
+    ControlError::Answer("it answers another question".into())
 }
 
 #[cfg(test)]

@@ -17,20 +17,20 @@ mod report;
 mod saver;
 mod uplink;
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use keystone_mesh_core::mesh::{Hint, Mesh, Own};
 use keystone_mesh_core::node::NodeName;
 use keystone_mesh_core::token::Token;
-use keystone_mesh_core::{Secret, kernel as core_kernel};
-use tokio::sync::mpsc;
+use keystone_mesh_core::{PublicKey, Secret, kernel as core_kernel};
+use tokio::sync::{mpsc, oneshot};
 
 use self::driver::Driver;
 use self::uplink::Uplink;
 use crate::config::{Config, OnStop, Places};
-use crate::control;
+use crate::control::{self, Answer};
 use crate::dataplane::{self, DataPlane, RelaySink};
 use crate::join::{refuse_other_network, relays_of};
 use crate::member;
@@ -38,6 +38,7 @@ use crate::preflight;
 use crate::quic::endpoint::{EndpointLimits, QuicEndpoint};
 use crate::signals::Stop;
 use crate::state::{Membership, Snapshot, StateDir};
+use crate::store::Store;
 use crate::tun::{Tun, TunConfig};
 use crate::udp::{UdpConfig, UdpSocket};
 
@@ -46,13 +47,50 @@ const EVENTS: usize = 1024;
 /// Calls of the control socket that wait for the driver; a caller beyond waits at its socket.
 const CALLS: usize = 16;
 
+/// How long the answer to a leave has to reach its asker.
+const FAREWELL: Duration = Duration::from_millis(100);
+
+/// How long connections may hold the port after their end, and how often that is looked at.
+const RELEASE_PATIENCE: Duration = Duration::from_secs(5);
+const RELEASE_POLL: Duration = Duration::from_millis(2);
+
 /// How a daemon ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 enum End {
     /// By a signal: comes back.
     Stopped,
-    /// Left the network: does not.
-    Left,
+    /// Left the network: does not. Who asked is answered once everything is cleaned up.
+    Left(oneshot::Sender<Answer>),
+    /// Somebody deleted the interface: to be started again at once.
+    InterfaceLost,
+    /// The control plane will not have this node: an interface without peers would only swallow packets.
+    PutOut(anyhow::Error),
+}
+
+/// The data plane and what is fixed about it.
+struct Local {
+    plane: Arc<DataPlane>,
+    port: u16,
+    public_key: PublicKey,
+    started: Instant,
+}
+
+/// What only one can have, and tasks of QUIC hold a moment longer than the daemon's driver.
+struct Held {
+    port: Weak<dyn quinn::AsyncUdpSocket>,
+    store: Option<Weak<Store>>,
+}
+
+impl Held {
+    /// Waits until port and registry can be opened again; not for ever, because opening them says it better.
+    async fn released(self) {
+        let free =
+            || self.port.strong_count() == 0 && self.store.as_ref().is_none_or(|store| store.strong_count() == 0);
+        let deadline = Instant::now() + RELEASE_PATIENCE;
+        while !free() && Instant::now() < deadline {
+            tokio::time::sleep(RELEASE_POLL).await;
+        }
+    }
 }
 
 /// What a start knows about this node.
@@ -67,54 +105,88 @@ struct Start {
 
 /// Runs the daemon until it is asked to stop, or leaves.
 pub async fn run(places: &Places, config: Config, token: Option<Token>) -> anyhow::Result<()> {
-    let started = Instant::now();
     let mut stop = Stop::new()?;
+    let interface = config.interface.clone();
+    let mut token = token;
+    let end = loop {
+        match run_once(places, config.clone(), token.take(), &mut stop).await {
+            Ok(End::InterfaceLost) => tracing::warn!(interface, "somebody deleted the interface; making it again"),
+            end => break end,
+        }
+    };
+    let gone = match &end {
+        Ok(End::Stopped) => config.on_stop == OnStop::Remove,
+        Ok(End::Left(_) | End::InterfaceLost | End::PutOut(_)) => true,
+        // A failed start has made nothing, and what is there may be another daemon's.
+        Err(_) => false,
+    };
+    let removed = if gone { keeper::remove(&interface).await } else { Ok(()) };
+    tracing::info!(interface_removed = gone && removed.is_ok(), "daemon stopped");
+    if let Ok(End::Left(answer)) = end {
+        let said = match &removed {
+            Ok(()) => Answer::Done,
+            Err(error) => Answer::Failed { message: format!("left the network, but {error:#}") },
+        };
+        let _ = answer.send(said);
+        // The answer leaves by a task of its own, which the end of the process would cut off.
+        tokio::time::sleep(FAREWELL).await;
+        return removed;
+    }
+    removed?;
+    match end? {
+        End::PutOut(error) => Err(error),
+        End::Stopped | End::Left(_) | End::InterfaceLost => Ok(()),
+    }
+}
+
+async fn run_once(places: &Places, config: Config, token: Option<Token>, stop: &mut Stop) -> anyhow::Result<End> {
+    let started = Instant::now();
     let start = prepare(places, &config, token)?;
+    let store = uplink::open_store(&start, &config)?;
     preflight::require()?;
     let listener = control::bind(&places.socket())?;
 
     let key = config.private_key.clone().unwrap_or_else(|| start.secret.wireguard(0));
     let (events_in, events) = mpsc::channel(EVENTS);
     let relay_sink = Arc::new(uplink::LateRelays::default());
-    let (plane, tun_claim) = open_plane(&config, &key, relay_sink.clone(), events_in)?;
+    let (plane, port, tun_claim) = open_plane(&config, &key, relay_sink.clone(), events_in)?;
     let plane = Arc::new(plane);
+    let held = Held { port: Arc::downgrade(&plane.quic_socket()), store: store.as_ref().map(Arc::downgrade) };
     let endpoint = QuicEndpoint::new(plane.quic_socket(), start.secret.identity(), EndpointLimits::default())
         .context("cannot start QUIC")?;
-    let uplink = Uplink::start(&start, &config, endpoint, plane.clone())?;
-    relay_sink.set(uplink.relays.clone());
+    let uplink = Uplink::start(&start, &config, store, endpoint, &plane)?;
+    relay_sink.set(&uplink.relays);
     let keeper = keeper::start(&config.interface)?;
     let (calls_in, calls) = mpsc::channel(CALLS);
     let serving = tokio::spawn(control::serve(listener, calls_in));
 
-    let mesh = Mesh::new(own(&start, &config, key)?);
-    let interface = config.interface.clone();
-    let on_stop = config.on_stop;
-    let port = plane.local_addr().port();
+    let mesh = Mesh::new(own(&start, &config, key.clone())?);
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         name = start.name.as_ref().map(NodeName::as_str),
         identity = %start.secret.identity().id(),
-        interface,
+        interface = config.interface,
         port,
         "daemon started"
     );
-    let mut driver = Driver::new(start, config, mesh, plane.clone(), uplink, keeper, started);
+    let local = Local { plane, port, public_key: key.public_key(), started };
+    let mut driver = Driver::new(start, config, mesh, local, uplink, keeper);
     driver.begin();
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    let end = driver.run(&mut stop, events, calls).await;
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-
-    serving.abort();
+    let end = driver.run(stop, events, calls).await;
+    if !matches!(end, End::InterfaceLost) {
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    }
+    if !matches!(end, End::Left(_)) {
+        serving.abort();
+    }
     let _ = std::fs::remove_file(places.socket());
     driver.finish().await;
-    plane.stop();
     drop(tun_claim);
-    let gone = !matches!(end, Ok(End::Stopped)) || on_stop == OnStop::Remove;
-    if gone {
-        keeper::remove(&interface).await?;
+    if matches!(end, End::InterfaceLost) {
+        held.released().await;
     }
-    tracing::info!(interface_removed = gone, "daemon stopped");
-    end.map(|_| ())
+    Ok(end)
 }
 
 /// Reads and checks everything on disk, before anything is touched.
@@ -159,9 +231,7 @@ fn open_plane(
     key: &keystone_mesh_core::PrivateKey,
     relay_sink: Arc<dyn RelaySink>,
     events: mpsc::Sender<dataplane::DataEvent>,
-) -> anyhow::Result<(DataPlane, crate::tun::TunClaim)> {
-    let tun = Tun::open(&TunConfig { name: config.interface.clone(), queues: config.shards.into(), persistent: true })?;
-    let (queues, claim) = tun.into_queues();
+) -> anyhow::Result<(DataPlane, u16, crate::tun::TunClaim)> {
     let mut sockets = Vec::with_capacity(config.shards.into());
     let mut port = config.listen_port;
     for _ in 0..config.shards {
@@ -169,11 +239,14 @@ fn open_plane(
             UdpSocket::bind(&UdpConfig { port, fwmark: Some(core_kernel::FWMARK), shared: config.shards > 1 })?;
         // With port 0 the first socket's choice is everyone's.
         port = socket.local_addr().port();
-        sockets.push(socket);
+        sockets.push(Arc::new(socket));
     }
-    let plane =
-        DataPlane::start(dataplane::Config { tun: queues, sockets, private_key: key.clone(), relay_sink, events })?;
-    Ok((plane, claim))
+    // After the port, which may be in use: the interface outlives a failed start.
+    let tun = Tun::open(&TunConfig { name: config.interface.clone(), queues: config.shards.into(), persistent: true })?;
+    let (queues, claim) = tun.into_queues();
+    let private_key = key.clone();
+    let plane = DataPlane::start(dataplane::Config { tun: queues, sockets, private_key, relay: relay_sink, events })?;
+    Ok((plane, port, claim))
 }
 
 fn own(start: &Start, config: &Config, key: keystone_mesh_core::PrivateKey) -> anyhow::Result<Own> {
@@ -197,7 +270,7 @@ fn hints(snapshot: &Snapshot) -> impl Iterator<Item = Hint> + '_ {
 }
 
 /// Leaves while no daemon runs: tells the control plane, cleans up, forgets.
-pub async fn leave_offline(places: &Places, force: bool) -> anyhow::Result<()> {
+pub async fn leave_offline(places: &Places, interface: &str, force: bool) -> anyhow::Result<()> {
     let state = StateDir::open(&places.state_dir)?;
     let Some(membership) = state.membership()? else {
         bail!("this machine is in no network (state directory {})", places.state_dir.display());
@@ -215,6 +288,6 @@ pub async fn leave_offline(places: &Places, force: bool) -> anyhow::Result<()> {
             }
         }
     }
-    keeper::remove(crate::config::DEFAULT_INTERFACE).await?;
+    keeper::remove(interface).await?;
     Ok(state.forget()?)
 }

@@ -40,14 +40,12 @@ pub async fn join(
     let record = first_record(&secret, name.clone(), &token.rendezvous, routes).sign(&secret.identity());
     let request = ToGateway::Join { version: VERSION, token: token.id, secret: token.secret.clone(), record };
     frames::write(&mut stream, &request, MAX_FRAME).await?;
-    let approval = match frames::read_within(&mut stream, MAX_FRAME, patience)
-        .await
-        .context("no answer from the control plane")?
-    {
-        FromGateway::Joined { approval } => approval,
-        FromGateway::Refused(refusal) => bail!("{}", refusal.message),
-        other => bail!("the control plane answered something else: {other:?}"),
-    };
+    let heard =
+        frames::read_within(&mut stream, MAX_FRAME, patience).await.context("no answer from the control plane")?;
+    if let FromGateway::Refused(refusal) = heard {
+        bail!(refusal.message);
+    }
+    let FromGateway::Joined { approval } = heard else { bail!("the control plane answered something else: {heard:?}") };
     let membership = accepted(token, name, approval)?;
     state.set_membership(&membership)?;
     drop(stream);

@@ -9,8 +9,8 @@
 //! ```
 //!
 //! An operation's error does not decide anything: the state is read again, and an error that left no difference was
-//! none (someone else added the route meanwhile, the interface took its routes along). What still differs after
-//! three rounds is reported with the kernel's last word about it.
+//! none (someone else added the route meanwhile, the interface took its routes along). What differs as much after a
+//! round as before it is reported with the kernel's word about it.
 //!
 //! Requests and notifications have a socket each. On a shared one a flood of notifications would overrun the receive
 //! buffer and take replies with it, whose requests would wait for ever.
@@ -30,9 +30,10 @@ mod watch;
 
 pub use watch::Changes;
 
-/// How often an apply reads and corrects. The second round is for what the kernel does by itself (a primary address
-/// takes its secondaries along, the last address its interface's routes); the third is reserve.
-const ROUNDS: usize = 3;
+/// How often an apply reads and corrects, at most. Two rounds are for what the kernel does by itself (a primary address
+/// takes its secondaries along, the last address its interface's routes); the rest is for those who change things in
+/// the middle of it. Who goes on doing so is left to the next apply, which the watch asks for.
+const ROUNDS: usize = 8;
 
 /// The kernel's state of one interface.
 pub struct KernelState {
@@ -138,18 +139,18 @@ impl KernelState {
         let mut session = self.session.lock().await;
         let mut applied = Applied::default();
         let mut attempted = Vec::new();
-        for round in 0..=ROUNDS {
+        for _ in 0..ROUNDS {
             let actual = read::actual(&session.handle, &self.interface).await?;
             let Diff { ops, warnings } = plan(&actual);
             applied.warnings.extend(session.unreported(warnings));
-
-            let stuck = round == ROUNDS || ops == attempted;
-            if stuck {
-                applied.failures.retain(|failure| ops.contains(&failure.op));
+            if ops == attempted {
                 applied.failures.extend(without_effect(&ops, &applied.failures));
                 break;
             }
             applied.failures.clear();
+            if ops.is_empty() {
+                break;
+            }
             for &op in &ops {
                 match execute::execute(&session.handle, &actual, op).await {
                     Ok(()) => applied.changes += 1,

@@ -17,10 +17,7 @@ pub async fn run(identity: Identity, network: NodeId, listen: std::net::SocketAd
     let endpoint = QuicEndpoint::bind(listen, identity, EndpointLimits::default()).with_context(|| {
         format!("cannot bind UDP {listen}: is another relay or daemon running here? choose another --listen")
     })?;
-    let mut config = RelayServerConfig::standalone(network, verifier(network));
-    // A hundred workers behind one cloud NAT gateway come from one address.
-    config.limits = keystone_mesh_core::relay::AdmissionLimits::default();
-    let relay = RelayServer::new(id, config);
+    let relay = RelayServer::new(id, RelayServerConfig::standalone(network, verifier(network)));
     let port = endpoint.local_addr()?.port();
     tracing::info!(%network, "relay ready: {id}@HOST:{port} (HOST: this server's name or public address)");
     let mut stop = Stop::new()?;

@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard};
 use ipnet::IpNet;
 use keystone_mesh_core::admission::{self, JoinRefusal, Known, PublishRefusal};
 use keystone_mesh_core::network::{Network, SignedNetwork};
-use keystone_mesh_core::node::{Approval, Entry, NodeName, SignedApproval, SignedRecord};
+use keystone_mesh_core::node::{Entry, NodeName, SignedApproval, SignedRecord};
 use keystone_mesh_core::token::{NamePattern, TokenId, TokenRecord, TokenSecret};
 use keystone_mesh_core::{Identity, NodeId};
 use redb::{Database, ReadableDatabase as _, ReadableTable as _, TableDefinition};
@@ -112,7 +112,8 @@ impl Memory {
 /// The control plane's registry.
 #[derive(Debug)]
 pub struct Store {
-    db: Database,
+    path: PathBuf,
+    db: Mutex<Option<Database>>,
     identity: Identity,
     memory: Mutex<Memory>,
     changes: broadcast::Sender<Change>,
@@ -137,13 +138,14 @@ impl Store {
 
     /// Opens the store. One process at a time may.
     pub fn open(path: &Path, identity: Identity) -> Result<Self, StoreError> {
-        let open_error = |why: String| StoreError::Open { path: path.into(), why };
-        let db = builder().open(path).map_err(|error| open_error(error.to_string()))?;
+        let db = open(path)?;
         let memory = load(&db)?;
         if memory.network.get().id != identity.id() {
-            return Err(open_error("it belongs to another network key than this machine's secret".into()));
+            let why = "it belongs to another network key than this machine's secret".into();
+            return Err(StoreError::Open { path: path.into(), why });
         }
-        Ok(Self { db, identity, memory: Mutex::new(memory), changes: broadcast::channel(CHANGES).0 })
+        let (path, db) = (path.to_owned(), Mutex::new(Some(db)));
+        Ok(Self { path, db, identity, memory: Mutex::new(memory), changes: broadcast::channel(CHANGES).0 })
     }
 
     /// Everything, and the changes from then on, without a gap.
@@ -177,9 +179,7 @@ impl Store {
         }
         network.serial += 1;
         let network = network.sign(&self.identity);
-        let write = self.db.begin_write().map_err(write_error)?;
-        put(&write, META, "network", &network)?;
-        write.commit().map_err(write_error)?;
+        self.write(|write| put(write, META, "network", &network))?;
         memory.network = network.clone();
         self.tell(Change::Network(Box::new(network)));
         Ok(())
@@ -203,20 +203,22 @@ impl Store {
             }
             _ => None,
         };
-        self.admit(&mut memory, grant, record, spent)
+        self.admit(&mut memory, grant, record, spent.as_ref())
     }
 
-    /// Enters the control-plane host itself, or renews its entry.
+    /// Stores the control-plane host's own record; its approval follows the routes that the record asks for.
+    pub fn publish_own(&self, record: SignedRecord, now: u64) -> Result<(), StoreError> {
+        let own = self.identity.id();
+        let same_routes = self
+            .entry(&record.get().name)
+            .is_some_and(|entry| entry.approved(own).is_some_and(|approval| approval.routes == record.get().routes));
+        if same_routes { self.publish(own, record) } else { self.enter_own(record, now).map(|_| ()) }
+    }
+
+    /// Enters the control-plane host itself, with what its record asks for.
     pub fn enter_own(&self, record: SignedRecord, now: u64) -> Result<SignedApproval, StoreError> {
         let mut memory = self.memory();
         let grant = admission::decide_own(memory.known(), record.get(), now)?;
-        if let Some(entry) = memory.entries.get(&record.get().name)
-            && let (Some(approved), Some(signed)) = (entry.approved(self.identity.id()), &entry.approval)
-            && (Approval { serial: approved.serial, ..grant.approval.clone() }) == *approved
-            && entry.record.get().seq >= record.get().seq
-        {
-            return Ok(signed.clone());
-        }
         self.admit(&mut memory, grant, record, None)
     }
 
@@ -225,20 +227,21 @@ impl Store {
         memory: &mut Memory,
         grant: admission::Grant,
         record: SignedRecord,
-        spent: Option<TokenRecord>,
+        spent: Option<&TokenRecord>,
     ) -> Result<SignedApproval, StoreError> {
         let approval = grant.approval.sign(&self.identity);
         let entry = Entry { record, approval: Some(approval.clone()) };
-        let write = self.db.begin_write().map_err(write_error)?;
-        put(&write, NODES, entry.name().as_str(), &entry)?;
-        if let Some(token) = spent {
-            put(&write, TOKENS, &token.id.to_string(), &token)?;
-        }
-        if let Some(host) = grant.host {
-            put(&write, META, "next-host", &(host + 1))?;
-            write.open_table(RELEASED).map_err(write_error)?.remove(host).map_err(write_error)?;
-        }
-        write.commit().map_err(write_error)?;
+        self.write(|write| {
+            put(write, NODES, entry.name().as_str(), &entry)?;
+            if let Some(token) = spent {
+                put(write, TOKENS, &token.id.to_string(), token)?;
+            }
+            if let Some(host) = grant.host {
+                put(write, META, "next-host", &(host + 1))?;
+                write.open_table(RELEASED).map_err(write_error)?.remove(host).map_err(write_error)?;
+            }
+            Ok(())
+        })?;
         if let Some(host) = grant.host {
             memory.next_host = host + 1;
             memory.released.remove(&host);
@@ -256,9 +259,7 @@ impl Store {
         }
         let approval = memory.entries.get(&record.get().name).and_then(|entry| entry.approval.clone());
         let entry = Entry { record, approval };
-        let write = self.db.begin_write().map_err(write_error)?;
-        put(&write, NODES, entry.name().as_str(), &entry)?;
-        write.commit().map_err(write_error)?;
+        self.write(|write| put(write, NODES, entry.name().as_str(), &entry))?;
         memory.entries.insert(entry.name().clone(), entry.clone());
         self.tell(Change::Node(Box::new(entry)));
         Ok(())
@@ -273,12 +274,13 @@ impl Store {
         }
         let network = memory.network.get();
         let host = entry.approved(network.id).and_then(|approval| admission::host_of(network, approval));
-        let write = self.db.begin_write().map_err(write_error)?;
-        write.open_table(NODES).map_err(write_error)?.remove(name.as_str()).map_err(write_error)?;
-        if let Some(host) = host {
-            write.open_table(RELEASED).map_err(write_error)?.insert(host, now).map_err(write_error)?;
-        }
-        write.commit().map_err(write_error)?;
+        self.write(|write| {
+            write.open_table(NODES).map_err(write_error)?.remove(name.as_str()).map_err(write_error)?;
+            if let Some(host) = host {
+                write.open_table(RELEASED).map_err(write_error)?.insert(host, now).map_err(write_error)?;
+            }
+            Ok(())
+        })?;
         memory.entries.remove(name);
         memory.released.extend(host.map(|host| (host, now)));
         self.tell(Change::Removed(name.clone()));
@@ -309,13 +311,15 @@ impl Store {
 
     /// Every token, by age.
     pub fn tokens(&self) -> Result<Vec<TokenRecord>, StoreError> {
-        let read = self.db.begin_read().map_err(write_error)?;
-        let table = read.open_table(TOKENS).map_err(write_error)?;
-        let mut tokens = Vec::new();
-        for row in table.iter().map_err(write_error)? {
-            let (id, json) = row.map_err(write_error)?;
-            tokens.push(decode::<TokenRecord>(&format!("token {}", id.value()), json.value())?);
-        }
+        let mut tokens = self.with(|db| {
+            let table = db.begin_read().map_err(write_error)?.open_table(TOKENS).map_err(write_error)?;
+            let mut tokens = Vec::new();
+            for row in table.iter().map_err(write_error)? {
+                let (id, json) = row.map_err(write_error)?;
+                tokens.push(decode::<TokenRecord>(&format!("token {}", id.value()), json.value())?);
+            }
+            Ok(tokens)
+        })?;
         tokens.sort_by_key(|token| token.created);
         Ok(tokens)
     }
@@ -327,16 +331,39 @@ impl Store {
     }
 
     fn token(&self, id: TokenId) -> Result<Option<TokenRecord>, StoreError> {
-        let read = self.db.begin_read().map_err(write_error)?;
-        let table = read.open_table(TOKENS).map_err(write_error)?;
-        let row = table.get(id.to_string().as_str()).map_err(write_error)?;
-        row.map(|json| decode(&format!("token {id}"), json.value())).transpose()
+        self.with(|db| {
+            let table = db.begin_read().map_err(write_error)?.open_table(TOKENS).map_err(write_error)?;
+            let row = table.get(id.to_string().as_str()).map_err(write_error)?;
+            row.map(|json| decode(&format!("token {id}"), json.value())).transpose()
+        })
     }
 
     fn put_token(&self, token: &TokenRecord) -> Result<(), StoreError> {
-        let write = self.db.begin_write().map_err(write_error)?;
-        put(&write, TOKENS, &token.id.to_string(), token)?;
-        write.commit().map_err(write_error)
+        self.write(|write| put(write, TOKENS, &token.id.to_string(), token))
+    }
+
+    /// One transaction: all of it is on disk when this returns, or nothing.
+    fn write(&self, fill: impl FnOnce(&redb::WriteTransaction) -> Result<(), StoreError>) -> Result<(), StoreError> {
+        self.with(|db| {
+            let write = db.begin_write().map_err(write_error)?;
+            fill(&write)?;
+            write.commit().map_err(write_error)
+        })
+    }
+
+    /// redb refuses everything after an error of the disk, such as a full one, until the file is opened again. So it is
+    /// closed after an error, and the next use opens it.
+    fn with<T>(&self, work: impl FnOnce(&Database) -> Result<T, StoreError>) -> Result<T, StoreError> {
+        let mut slot = self.db.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let db = match slot.take() {
+            Some(db) => db,
+            None => open(&self.path)?,
+        };
+        let done = work(&db);
+        if !matches!(done, Err(StoreError::Write(_))) {
+            *slot = Some(db);
+        }
+        done
     }
 
     fn memory(&self) -> MutexGuard<'_, Memory> {
@@ -347,6 +374,10 @@ impl Store {
         // No receiver is no error: then nobody watches.
         let _ = self.changes.send(change);
     }
+}
+
+fn open(path: &Path) -> Result<Database, StoreError> {
+    builder().open(path).map_err(|error| StoreError::Open { path: path.into(), why: error.to_string() })
 }
 
 /// redb's own default cache is 1 GiB; a mesh of 5,000 nodes is a few megabytes.
@@ -497,6 +528,21 @@ mod tests {
         assert!(refused.to_string().contains("not in the network"), "{refused}");
         let approval = store.join(identity(3).id(), record(3, "x", 1), id, &secret, 30).unwrap();
         assert_eq!(approval.get().addresses[0].to_string(), "10.98.0.3/32", "the address of `w` rests");
+    }
+
+    #[test]
+    fn the_control_planes_approval_changes_only_with_its_routes() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = store(dir.path());
+        let serial = |store: &Store| store.entry(&"home".parse().unwrap()).unwrap().approval.unwrap().get().serial;
+        store.enter_own(record(1, "home", 1), 0).unwrap();
+        store.publish_own(record(1, "home", 2), 0).unwrap();
+        assert_eq!(serial(&store), 1);
+        let identity = identity(1);
+        let routes = vec!["10.42.0.0/24".parse().unwrap()];
+        let routed = NodeRecord { routes, seq: 3, ..record(1, "home", 3).get().clone() }.sign(&identity);
+        store.publish_own(routed, 0).unwrap();
+        assert_eq!(serial(&store), 2);
     }
 
     #[test]

@@ -177,8 +177,8 @@ fn is_interface_name(name: &str) -> bool {
 /// as interfaces do, and the kernel frees them when their process dies, however it dies.
 fn claim(name: &str) -> Result<UnixDatagram, TunError> {
     let address = SocketAddr::from_abstract_name(format!("keystone-mesh/tun/{name}"));
-    address.and_then(|address| UnixDatagram::bind_addr(&address)).map_err(|error| match error.kind() {
-        io::ErrorKind::AddrInUse => TunError::NameInUse(name.to_owned()),
+    address.and_then(|address| UnixDatagram::bind_addr(&address)).map_err(|error| match error.raw_os_error() {
+        Some(libc::EADDRINUSE) => TunError::NameInUse(name.to_owned()),
         _ => io_error(name, "claiming the name")(error),
     })
 }

@@ -1,1 +1,346 @@
+//! Two or three whole nodes, driven by hand in virtual time.
 
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use super::*;
+use crate::network::tests::network;
+use crate::node::tests::{entry, secret};
+use crate::relay::RelayAddr;
+
+const MTU: u16 = 1280;
+
+/// A node, and what its outputs have come to.
+struct Node {
+    mesh: Mesh,
+    byte: u8,
+    peers: BTreeMap<PublicKey, PeerConfig>,
+    paths: BTreeMap<PublicKey, Option<Via>>,
+    handshakes: Vec<PublicKey>,
+    routes: Vec<IpNet>,
+    addresses: Vec<IpNet>,
+    relays: Vec<RelayAddr>,
+    published: Vec<NodeRecord>,
+    sent: Vec<(Option<NodeId>, Via, Vec<u8>)>,
+    saves: usize,
+}
+
+impl Node {
+    fn new(byte: u8, name: &str) -> Self {
+        let own = Own {
+            identity: secret(byte).identity().id(),
+            key: secret(byte).wireguard(0),
+            name: Some(name.parse().unwrap()),
+            relays: vec![],
+            mtu: MTU,
+            routes: vec![],
+            addresses: vec![],
+            seed: [byte; 32],
+        };
+        Self {
+            mesh: Mesh::new(own),
+            byte,
+            peers: BTreeMap::new(),
+            paths: BTreeMap::new(),
+            handshakes: vec![],
+            routes: vec![],
+            addresses: vec![],
+            relays: vec![],
+            published: vec![],
+            sent: vec![],
+            saves: 0,
+        }
+    }
+
+    fn key(&self) -> PublicKey {
+        secret(self.byte).wireguard(0).public_key()
+    }
+
+    fn drain(&mut self, now: Instant) -> Option<Instant> {
+        loop {
+            match self.mesh.poll_output(now) {
+                Output::Peers(ops) => {
+                    for op in ops {
+                        match op {
+                            PeerOp::Set(config) => drop(self.peers.insert(config.key, config)),
+                            PeerOp::Remove(key) => {
+                                self.peers.remove(&key);
+                                self.paths.remove(&key);
+                            }
+                        }
+                    }
+                }
+                Output::Kernel { addresses, routes } => (self.addresses, self.routes) = (addresses, routes),
+                Output::Relays(relays) => self.relays = relays,
+                Output::SetPath { peer, via } => {
+                    assert!(self.peers.contains_key(&peer), "a path for a peer that the data plane does not have");
+                    self.paths.insert(peer, via);
+                }
+                Output::StartHandshake(peer) => {
+                    assert!(self.paths.get(&peer).copied().flatten().is_some(), "a handshake without a path");
+                    self.handshakes.push(peer);
+                }
+                Output::SendProbe { to, via, bytes } => self.sent.push((to, via, bytes)),
+                Output::Publish(record) => self.published.push(record),
+                Output::Save => self.saves += 1,
+                Output::Timeout { at, .. } => {
+                    assert!(at >= now);
+                    return Some(at);
+                }
+                Output::Idle => return None,
+            }
+        }
+    }
+}
+
+fn everyone() -> Vec<Entry> {
+    vec![
+        entry(1, 1, "home", "10.98.0.1/32", &["10.42.0.0/24"]),
+        entry(1, 2, "worker-1", "10.98.0.2/32", &[]),
+        entry(1, 3, "worker-2", "10.98.0.3/32", &[]),
+    ]
+}
+
+fn relay() -> NodeId {
+    secret(200).identity().id()
+}
+
+fn key(byte: u8) -> PublicKey {
+    secret(byte).wireguard(0).public_key()
+}
+
+fn worker(now: Instant) -> Node {
+    let mut node = Node::new(2, "worker-1");
+    node.mesh.handle_snapshot(network(1), everyone(), now);
+    node.drain(now);
+    node
+}
+
+/// Carries probes between two nodes whose direct addresses are given, until both are quiet for so long.
+fn exchange(a: &mut Node, b: &mut Node, direct: &[(u8, SocketAddr)], mut now: Instant, time: Duration) -> Instant {
+    let end = now + time;
+    while now < end {
+        let mut carried = false;
+        for (from, to) in [(0, 1), (1, 0)] {
+            let (sender, receiver) = if (from, to) == (0, 1) { (&mut *a, &mut *b) } else { (&mut *b, &mut *a) };
+            for (identity, via, bytes) in std::mem::take(&mut sender.sent) {
+                if identity != Some(secret(receiver.byte).identity().id()) {
+                    continue;
+                }
+                let own = |byte: u8| direct.iter().find(|(of, _)| *of == byte).map(|(_, addr)| *addr);
+                let (arrives, from_id) = match via {
+                    Via::Direct(addr) if own(receiver.byte) == Some(addr) => (own(sender.byte).map(Via::Direct), None),
+                    Via::Direct(_) => (None, None),
+                    Via::Relay(id) => (Some(Via::Relay(id)), Some(secret(sender.byte).identity().id())),
+                };
+                if let Some(arrives) = arrives {
+                    carried = true;
+                    receiver.mesh.handle_probe(arrives, from_id, &bytes, now).unwrap();
+                }
+            }
+        }
+        let next = [a.drain(now), b.drain(now)].into_iter().flatten().min();
+        if !carried {
+            now = next.unwrap_or(end).max(now + Duration::from_millis(1));
+            a.mesh.handle_timeout(now);
+            b.mesh.handle_timeout(now);
+        }
+    }
+    now
+}
+
+#[test]
+fn a_snapshot_becomes_peers_routes_addresses_and_relays() {
+    let node = worker(Instant::now());
+    assert_eq!(node.peers.len(), 2);
+    assert_eq!(node.addresses, ["10.98.0.2/32".parse().unwrap()]);
+    assert_eq!(node.routes.len(), 3);
+    assert_eq!(node.relays.len(), 1);
+    assert!(node.saves > 0);
+}
+
+#[test]
+fn the_control_plane_is_called_at_once_and_others_on_demand() {
+    let now = Instant::now();
+    let mut node = worker(now);
+    assert!(node.handshakes.is_empty(), "no relay is up, and no address answers");
+    node.mesh.handle_relay(relay(), true, now);
+    node.drain(now);
+    assert_eq!(node.paths[&key(1)], Some(Via::Relay(relay())));
+    assert_eq!(node.handshakes, [key(1)]);
+    assert_eq!(node.paths[&key(3)], Some(Via::Relay(relay())), "an idle peer has a way for its first packet");
+    node.mesh.handle_demand(&key(3), now);
+    node.drain(now);
+    assert!(node.sent.iter().any(|(to, ..)| *to == Some(secret(3).identity().id())));
+}
+
+#[test]
+fn two_nodes_become_direct_by_themselves() {
+    let now = Instant::now();
+    let (mut home, mut node) = (Node::new(1, "home"), worker(now));
+    home.mesh.handle_snapshot(network(1), everyone(), now);
+    let addresses: [(u8, SocketAddr); 2] =
+        [(1, "192.0.2.7:51840".parse().unwrap()), (2, "198.51.100.9:51840".parse().unwrap())];
+    for (node, (_, addr)) in [&mut home, &mut node].into_iter().zip(addresses) {
+        node.mesh.handle_host_addresses(vec![addr], now);
+        node.mesh.handle_relay(relay(), true, now);
+        node.drain(now);
+    }
+    exchange(&mut home, &mut node, &addresses, now, Duration::from_secs(3));
+    assert_eq!(node.paths[&key(1)], Some(Via::Direct(addresses[0].1)));
+    assert_eq!(home.paths[&key(2)], Some(Via::Direct(addresses[1].1)));
+}
+
+#[test]
+fn after_a_restart_every_peer_with_a_session_is_called() {
+    let now = Instant::now();
+    let mut node = Node::new(2, "worker-1");
+    let direct = "192.0.2.33:51840".parse().unwrap();
+    node.mesh.handle_hints([Hint { peer: key(3), direct: Some(direct) }]);
+    node.mesh.handle_snapshot(network(1), everyone(), now);
+    node.drain(now);
+    assert!(node.sent.iter().any(|(_, via, _)| *via == Via::Direct(direct)), "its last address is asked first");
+    node.mesh.handle_relay(relay(), true, now);
+    node.drain(now);
+    assert_eq!(node.handshakes.len(), 2, "the control plane and the peer with a session");
+}
+
+#[test]
+fn losing_every_relay_keeps_peers_and_routes() {
+    let now = Instant::now();
+    let mut node = worker(now);
+    node.mesh.handle_relay(relay(), true, now);
+    node.drain(now);
+    node.mesh.handle_relay(relay(), false, now);
+    node.drain(now);
+    assert_eq!((node.peers.len(), node.routes.len()), (2, 3));
+}
+
+#[test]
+fn a_removed_node_is_gone_and_its_route_with_it() {
+    let now = Instant::now();
+    let mut node = worker(now);
+    node.mesh.handle_removed(&"home".parse().unwrap(), now);
+    node.drain(now);
+    assert!(!node.peers.contains_key(&key(1)));
+    assert_eq!(node.routes, ["10.98.0.3/32".parse().unwrap()]);
+}
+
+#[test]
+fn an_older_record_does_not_undo_a_newer_one() {
+    let now = Instant::now();
+    let mut node = worker(now);
+    let mut newer = entry(1, 3, "worker-2", "10.98.0.3/32", &[]);
+    let record = NodeRecord { seq: 5, endpoints: vec![], ..newer.record.get().clone() };
+    newer.record = record.sign(&secret(3).identity());
+    node.mesh.handle_entry(newer, now);
+    node.mesh.handle_entry(entry(1, 3, "worker-2", "10.98.0.3/32", &[]), now);
+    node.drain(now);
+    let (_, mut known) = node.mesh.known();
+    assert!(known.any(|entry| entry.record.get().seq == 5));
+}
+
+#[test]
+fn a_record_is_published_only_when_it_says_something_else() {
+    let now = Instant::now();
+    let mut node = worker(now);
+    let before = node.published.len();
+    let addr = "192.0.2.9:51840".parse().unwrap();
+    for _ in 0..3 {
+        node.mesh.handle_host_addresses(vec![addr], now);
+        node.mesh.handle_observed("203.0.113.1:1".parse().unwrap(), "203.0.113.50:4000".parse().unwrap(), now);
+        node.drain(now);
+    }
+    assert_eq!(node.published.len(), before + 2, "once for the address, once for how it is seen");
+    let record = node.published.last().unwrap();
+    assert_eq!(record.endpoints.len(), 2);
+    assert_eq!(record.relays, [relay()]);
+}
+
+#[test]
+fn a_joiner_says_at_once_which_relays_it_listens_on() {
+    let now = Instant::now();
+    let mut node = Node::new(2, "worker-1");
+    node.mesh.own.relays = vec![relay()];
+    node.mesh.handle_host_addresses(vec!["192.0.2.9:51840".parse().unwrap()], now);
+    node.drain(now);
+    assert_eq!(node.published.last().unwrap().relays, [relay()]);
+}
+
+#[test]
+fn rubbish_and_strangers_probes_are_refused() {
+    let now = Instant::now();
+    let mut node = worker(now);
+    let from = Via::Direct("192.0.2.66:1".parse().unwrap());
+    assert!(matches!(node.mesh.handle_probe(from, None, b"rubbish", now), Err(ProbeRefusal::Bad(_))));
+    let stranger = secret(66).wireguard(0);
+    let probe = probe::Probe {
+        sender: KeyHint::of(&stranger.public_key()),
+        txid: probe::TxId([0; 12]),
+        message: probe::Message::Ping { wanted: true },
+    };
+    let probe_key = probe::ProbeKey::agree(&stranger, &node.key()).unwrap();
+    let bytes = probe.encode(&probe_key, 0);
+    assert_eq!(node.mesh.handle_probe(from, None, &bytes, now), Err(ProbeRefusal::UnknownSender));
+    let claims_home = probe::Probe { sender: KeyHint::of(&key(1)), ..probe }.encode(&probe_key, 0);
+    assert!(matches!(node.mesh.handle_probe(from, None, &claims_home, now), Err(ProbeRefusal::Bad(_))));
+    node.drain(now);
+    assert!(!node.sent.iter().any(|(_, via, _)| *via == from), "nothing is sent to a stranger");
+}
+
+#[test]
+fn a_relay_that_names_another_sender_is_not_believed() {
+    let now = Instant::now();
+    let mut node = worker(now);
+    let ping = probe::Probe {
+        sender: KeyHint::of(&key(3)),
+        txid: probe::TxId([0; 12]),
+        message: probe::Message::Ping { wanted: true },
+    };
+    let bytes = ping.encode(&probe::ProbeKey::agree(&secret(3).wireguard(0), &node.key()).unwrap(), 0);
+    let home = Some(secret(1).identity().id());
+    assert_eq!(node.mesh.handle_probe(Via::Relay(relay()), home, &bytes, now), Err(ProbeRefusal::OtherSender));
+}
+
+#[test]
+fn plain_peers_live_beside_members() {
+    let now = Instant::now();
+    let mut node = worker(now);
+    let laptop = PeerConfig {
+        key: key(9),
+        identity: None,
+        preshared_key: None,
+        persistent_keepalive: None,
+        allowed_ips: vec!["10.99.0.9/32".parse().unwrap()],
+    };
+    let endpoint = "192.0.2.99:51820".parse().unwrap();
+    node.mesh.handle_plain_peer("laptop".into(), laptop, Some(endpoint), now);
+    node.drain(now);
+    assert_eq!(node.paths[&key(9)], Some(Via::Direct(endpoint)));
+    assert_eq!(node.routes.len(), 4);
+    node.mesh.handle_snapshot(network(1), everyone(), now);
+    node.drain(now);
+    assert!(node.peers.contains_key(&key(9)), "a change of the network does not touch it");
+    let roamed = Via::Direct("192.0.2.100:1".parse().unwrap());
+    node.mesh.handle_roamed(&key(9), roamed, now);
+    node.drain(now);
+    assert_eq!(node.paths[&key(9)], Some(roamed));
+}
+
+#[test]
+fn an_idle_node_of_a_large_mesh_does_nothing() {
+    let now = Instant::now();
+    let mut entries = everyone();
+    for i in 0..200_u32 {
+        let (byte, third) = (10 + (i % 150) as u8, i / 150);
+        if third == 0 {
+            entries.push(entry(1, byte, &format!("n{i}"), &format!("10.98.1.{byte}/32"), &[]));
+        }
+    }
+    let mut node = Node::new(1, "home");
+    node.mesh.handle_snapshot(network(1), entries, now);
+    node.mesh.handle_relay(relay(), true, now);
+    assert_eq!(node.drain(now), None, "no timer runs");
+    assert!(node.sent.is_empty());
+}

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::ladder::{Purpose, Step};
 use super::score::{Verdict, judge};
-use super::way::{Answer, Origin, Phase, Way};
+use super::way::{Origin, Phase, Way};
 use super::ways::Ways;
 use super::{Base, TimeoutReason};
 use crate::io::Via;
@@ -22,7 +22,7 @@ use crate::probe::{Message, TxId};
 // --- how long a peer stays wanted ---
 
 /// Without traffic either way, the agent goes idle.
-pub(super) const IDLE_AFTER: Duration = Duration::from_secs(300);
+const IDLE_AFTER: Duration = Duration::from_secs(300);
 /// The peer wants the path for this long after it said so; four of its keepalives.
 const PEER_WANTS_FOR: Duration = Duration::from_secs(60);
 
@@ -40,6 +40,9 @@ const ROUND_GAP: Duration = Duration::from_secs(1);
 /// After the last of [`ROUNDS`], rounds wait until there was traffic within this.
 const ROUND_TRAFFIC: Duration = Duration::from_secs(120);
 
+/// A way on which full-size pings were lost is asked again on the peer's account only after this.
+const NARROW_REST: Duration = Duration::from_secs(30);
+
 // --- checks ---
 
 /// The selected way. RFC 4787 asks NATs to keep a mapping for 2 minutes; 30 s is seen in the field, and a keepalive
@@ -54,9 +57,8 @@ const WARM_UP_SAMPLES: u32 = 4;
 
 // --- silence ---
 
-/// Sending without hearing anything for this long makes a check urgent. Below the 250 ms at which the driver samples
-/// its counters, so that one sample without an answer suffices. Where the round trip is longer, this costs a few pings
-/// at the beginning of each exchange.
+/// Sending without hearing anything for this long makes a check urgent: two of the samples that the driver takes of its
+/// counters. Where the round trip is longer, this costs a few pings at the beginning of each exchange.
 const PATIENCE: Duration = Duration::from_millis(200);
 /// Each check that was answered although nothing else was doubles the patience up to this: one-way traffic costs a
 /// ping a second.
@@ -82,7 +84,6 @@ pub(super) struct Active {
     pub(super) rounds: usize,
     last_round: Option<Instant>,
     next_round: Option<Instant>,
-    punched: Option<TxId>,
 
     // --- selection ---
     selected_at: Instant,
@@ -109,7 +110,6 @@ impl Active {
             rounds: 0,
             last_round: None,
             next_round: Some(now),
-            punched: None,
             selected_at: now,
             patience: PATIENCE,
             challenge: None,
@@ -214,7 +214,7 @@ impl Active {
         let Some(way) = base.selected.and_then(|via| self.ways.get_mut(via)) else { return };
         let heard = way.heard.unwrap_or(way.added).max(selected_at);
         let silent = now.saturating_duration_since(heard) >= patience;
-        let asking = way.ladder.as_ref().is_some_and(|ladder| ladder.purpose() == Purpose::Urgent);
+        let asking = way.ladder.as_ref().is_some_and(|ladder| ladder.purpose() >= Purpose::Urgent);
         if silent && way.proven() && !asking {
             way.check(Purpose::Urgent, now);
             self.patience = (patience * 2).min(MAX_PATIENCE);
@@ -225,10 +225,15 @@ impl Active {
         self.want(true, now);
         if base.selected == Some(via) {
             self.patience = PATIENCE;
+        } else if matches!(via, Via::Relay(_)) {
+            self.doubt_selected(base, now);
         }
         if let Some(way) = self.heard_from(base, via, now) {
             way.carried(now);
-            way.reach(now);
+            // Where this direction is too narrow and the other is not, packets keep coming: no reason to ask again.
+            if way.phase != Phase::TooNarrow {
+                way.reach(now);
+            }
         }
     }
 
@@ -241,44 +246,49 @@ impl Active {
         match way.phase {
             Phase::Untried | Phase::Reaching | Phase::Silent => way.reach_now(now),
             // Small pings pass, that is known; two ends asking each other again about it would never stop.
-            Phase::TooNarrow if full_size => way.reach(now),
+            Phase::TooNarrow if full_size && way.narrow.is_none_or(|at| now >= at + NARROW_REST) => way.reach(now),
             Phase::TooNarrow | Phase::Sizing | Phase::Usable => {}
         }
     }
 
     pub(super) fn ponged(&mut self, base: &Base, via: Via, txid: TxId, seen: Option<SocketAddr>, now: Instant) {
         let strict = base.selected.is_some_and(|selected| selected != via);
-        let answer = self.ways.get_mut(via).map_or(Answer::Unknown, |way| way.answered(txid, seen, strict, now));
-        match answer {
-            Answer::Progress | Answer::Usable => self.measured = true,
+        if self.ways.get_mut(via).is_some_and(|way| way.answered(txid, seen, strict, now)) {
+            self.measured = true;
+        } else if self.ways.iter().any(|way| way.awaits(txid))
+            && let Some(way) = self.heard_from(base, via, now)
+        {
             // The answer left by another address than the question came to. Not a way until it is asked itself.
-            Answer::Unknown if self.ways.iter().any(|way| way.awaits(txid)) => {
-                if let Some(way) = self.heard_from(base, via, now) {
-                    way.reach(now);
-                }
-            }
-            Answer::Unknown => {}
+            way.reach(now);
         }
     }
 
-    /// The peer probes us as of now, and says from where. Returns whether it wants to be told our addresses.
-    pub(super) fn punched(&mut self, base: &mut Base, txid: TxId, addresses: &[SocketAddr], now: Instant) -> bool {
+    /// The peer probes us as of now, and says from where.
+    pub(super) fn punched(&mut self, base: &mut Base, addresses: &[SocketAddr], now: Instant) {
         self.peer_wants(now);
         for addr in addresses.iter().filter(|addr| base.may_probe(**addr)) {
             self.ways.admit(*addr, Origin::Punched, now);
         }
         for way in self.ways.iter_mut().filter(|way| !way.is_relay()) {
             way.reach_now(now);
-            // A peer whose ways all work does not punch: whatever is selected here may be dead over there.
-            if base.selected == Some(way.via) {
-                way.check(Purpose::Urgent, now);
-            }
         }
+        // A peer whose ways all work does not punch: whatever is selected here may be dead over there.
+        self.doubt_selected(base, now);
         if self.rounds == 0 {
             // This is the first round, begun by the other end.
             self.start_round(base, false, now);
         }
-        self.punched != Some(txid)
+    }
+
+    /// The peer seems to have left the direct way in use: is it dead?
+    fn doubt_selected(&mut self, base: &Base, now: Instant) {
+        let selected_at = self.selected_at;
+        let direct = base.selected.filter(|via| matches!(via, Via::Direct(_)));
+        if let Some(way) = direct.and_then(|via| self.ways.get_mut(via)) {
+            let heard = way.heard.unwrap_or(way.added).max(selected_at);
+            let silent = now.saturating_duration_since(heard) >= PATIENCE;
+            way.check(if silent { Purpose::Deserted } else { Purpose::Urgent }, now);
+        }
     }
 
     /// The way that something came by, added if it is a direct one.
@@ -346,7 +356,7 @@ impl Active {
     fn start_round(&mut self, base: &mut Base, punch: bool, now: Instant) {
         self.ways.iter_mut().for_each(|way| way.reach(now));
         if punch && base.probes.take(now).is_ok() {
-            self.punch(base, None);
+            self.punch(base, false);
         }
         let gap = ROUNDS[self.rounds.min(ROUNDS.len() - 1)];
         let gap = match base.selected {
@@ -360,15 +370,12 @@ impl Active {
         self.next_round = Some(now + base.draw.jitter(gap));
     }
 
-    /// Tells the peer through the best relay to probe us: with a fresh id, or the one of the punch that it answers.
-    pub(super) fn punch(&mut self, base: &mut Base, answers: Option<TxId>) {
+    /// Tells the peer through the best relay to probe us.
+    pub(super) fn punch(&mut self, base: &mut Base, answer: bool) {
         let Some(relay) = self.best_relay().map(Via::Relay) else { return };
-        let txid = answers.unwrap_or_else(|| base.draw.txid());
-        if answers.is_none() {
-            self.punched = Some(txid);
-        }
+        let txid = base.draw.txid();
         let addresses = base.own_addresses();
-        base.send(relay, txid, Message::Punch { addresses }, 0);
+        base.send(relay, txid, Message::Punch { answer, addresses }, 0);
     }
 
     // --- checks ---

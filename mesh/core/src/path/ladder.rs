@@ -3,7 +3,8 @@
 use std::time::{Duration, Instant};
 
 /// What a series of pings is to find out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Ordered by how soon the answer is needed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Purpose {
     /// Does anything pass? Small pings, because most addresses never answer, and because an address that only a ping
     /// has named must not be sent more than that ping weighed.
@@ -14,6 +15,8 @@ pub(crate) enum Purpose {
     Patient,
     /// Is the way still there? Packets go out and nothing comes back.
     Urgent,
+    /// Is the way still there? The peer has left it for a relay, and nothing was heard on it lately.
+    Deserted,
 }
 
 /// Milliseconds before each ping; the last number is the wait for the verdict.
@@ -23,9 +26,12 @@ pub(crate) enum Purpose {
 const REACH: &[u64] = &[0, 100, 200, 400, 800, 1600, 1000];
 const SIZE: &[u64] = &[0, 100, 200, 400, 800, 1000];
 const PATIENT: &[u64] = &[0, 300, 600, 1200, 1200, 1000];
-/// Dead 450 ms after the first of four, for round trips up to 80 ms. With counters sampled every 250 ms (two samples
-/// to see a silence) traffic has left a dead way within a second.
+/// Dead 450 ms after the first of four, for round trips up to 80 ms. With counters sampled every 100 ms (up to three
+/// samples to see a silence) one end has left a dead way within 750 ms.
 const URGENT: &[u64] = &[0, 100, 100, 100, 150];
+/// And the other end, which may have had nothing to send and so noticed nothing, 180 ms later: the peer has asked four
+/// times already. Together they are below the second within which traffic is to flow again.
+const DESERTED: &[u64] = &[0, 50, 50, 80];
 
 /// Replayed pings must not make a ladder burn down in an instant.
 const HURRY_GAP: Duration = Duration::from_millis(50);
@@ -103,6 +109,7 @@ impl Ladder {
             Purpose::Size => SIZE,
             Purpose::Patient => PATIENT,
             Purpose::Urgent => URGENT,
+            Purpose::Deserted => DESERTED,
         }
     }
 }

@@ -119,12 +119,9 @@ impl fmt::Display for Reason {
                 write!(f, "probing {} since {}", Addresses(*addresses), Ago(*since))
             }
             Self::NoCandidates => f.write_str("the peer names no address at which it might be reached"),
-            Self::NoAnswer { addresses, ago } => write!(
-                f,
-                "{} of the peer without an answer (hard NATs or firewalls on both sides?), last tried {} ago",
-                Addresses(*addresses),
-                Ago(*ago)
-            ),
+            Self::NoAnswer { addresses, ago } => {
+                write!(f, "no answer from {} (hard NAT at both ends?), tried {} ago", Addresses(*addresses), Ago(*ago))
+            }
             Self::LargeProbesLost { addr, len } => write!(
                 f,
                 "{addr} answers small probes but none of {len} bytes: the path's MTU is smaller than the mesh needs \
@@ -242,8 +239,7 @@ mod tests {
             (Reason::Probing { since: Duration::from_millis(420), addresses: 1 }, "probing 1 address since 0.4 s"),
             (
                 Reason::NoAnswer { addresses: 4, ago: Duration::from_secs(185) },
-                "4 addresses of the peer without an answer (hard NATs or firewalls on both sides?), \
-                 last tried 3 min ago",
+                "no answer from 4 addresses (hard NAT at both ends?), tried 3 min ago",
             ),
             (Reason::Died { addr, ago: Duration::from_secs(12) }, "the direct path by 203.0.113.5:4000 died 12 s ago"),
         ];

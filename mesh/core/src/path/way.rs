@@ -108,17 +108,6 @@ struct Pending {
     full_size: bool,
 }
 
-/// What a pong meant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Answer {
-    /// It echoes nothing that was asked here.
-    Unknown,
-    /// The way is confirmed or on its way to be.
-    Progress,
-    /// The way has become usable (or, for a relay, proven).
-    Usable,
-}
-
 impl Way {
     pub(crate) fn new(via: Via, origin: Origin, now: Instant) -> Self {
         Self {
@@ -195,7 +184,7 @@ impl Way {
     pub(crate) fn check(&mut self, purpose: Purpose, now: Instant) {
         let free = match &self.ladder {
             None => true,
-            Some(under_way) => purpose == Purpose::Urgent && under_way.purpose() != Purpose::Urgent,
+            Some(under_way) => purpose >= Purpose::Urgent && under_way.purpose() < purpose,
         };
         if self.proven() && free {
             self.ladder = Some(Ladder::new(purpose, now));
@@ -229,16 +218,22 @@ impl Way {
     // --- being answered ---
 
     /// A pong came this way. `strict` where traffic has another way to go, so that a way that died has to earn it.
-    pub(crate) fn answered(&mut self, txid: TxId, seen: Option<SocketAddr>, strict: bool, now: Instant) -> Answer {
-        let Some(at) = self.pending.iter().position(|ping| ping.txid == txid) else { return Answer::Unknown };
+    /// False if it echoes nothing that was asked here.
+    pub(crate) fn answered(&mut self, txid: TxId, seen: Option<SocketAddr>, strict: bool, now: Instant) -> bool {
+        let Some(at) = self.pending.iter().position(|ping| ping.txid == txid) else { return false };
         let ping = self.pending.remove(at);
         self.rtt.measure(now.saturating_duration_since(ping.sent));
         self.heard = Some(now);
         self.seen_as = seen;
-        if ping.full_size || self.is_relay() { self.proved(strict, now) } else { self.reached(now) }
+        if ping.full_size || self.is_relay() {
+            self.proved(strict, now);
+        } else {
+            self.reached(now);
+        }
+        true
     }
 
-    fn reached(&mut self, now: Instant) -> Answer {
+    fn reached(&mut self, now: Instant) {
         match self.phase {
             Phase::Untried | Phase::Reaching | Phase::Silent => {
                 self.phase = Phase::Sizing;
@@ -246,24 +241,22 @@ impl Way {
             }
             Phase::Sizing | Phase::Usable | Phase::TooNarrow => {}
         }
-        Answer::Progress
     }
 
-    fn proved(&mut self, strict: bool, now: Instant) -> Answer {
+    fn proved(&mut self, strict: bool, now: Instant) {
         self.proofs = self.proofs.saturating_add(1);
         let wanted = if strict { self.proofs_wanted(now) } else { 1 };
         if !self.proven() && self.proofs < wanted {
             self.phase = Phase::Sizing;
             self.ladder = Some(Ladder::new(Purpose::Size, now + PROOF_GAP));
-            return Answer::Progress;
+            return;
         }
-        let before = std::mem::replace(&mut self.phase, Phase::Usable);
-        if before != Phase::Usable {
+        if !self.proven() {
             self.usable_since = Some(now);
         }
+        self.phase = Phase::Usable;
         self.ladder = None;
         (self.silent, self.narrow) = (None, None);
-        if before == Phase::Usable { Answer::Progress } else { Answer::Usable }
     }
 
     fn proofs_wanted(&self, now: Instant) -> u8 {
@@ -282,7 +275,7 @@ impl Way {
                 self.phase = Phase::TooNarrow;
                 (self.silent, self.narrow) = (None, Some(now));
             }
-            Some(Purpose::Reach | Purpose::Patient | Purpose::Urgent) | None => {
+            Some(Purpose::Reach | Purpose::Patient | Purpose::Urgent | Purpose::Deserted) | None => {
                 self.phase = Phase::Silent;
                 (self.silent, self.narrow) = (Some(now), None);
             }
@@ -292,7 +285,6 @@ impl Way {
             self.died = Some(now);
             let forgiven = self.usable_since.is_none_or(|since| now >= since + PROBATION);
             self.deaths = if forgiven { 1 } else { self.deaths.saturating_add(1) };
-            self.rtt = Rtt::default();
         }
         died
     }
@@ -304,7 +296,7 @@ impl Way {
         if self.is_relay() {
             self.phase = Phase::Usable;
             self.ladder = None;
-        } else if self.ladder.as_ref().is_some_and(|ladder| ladder.purpose() == Purpose::Urgent) {
+        } else if self.ladder.as_ref().is_some_and(|ladder| ladder.purpose() >= Purpose::Urgent) {
             self.ladder = None;
         }
     }

@@ -8,23 +8,23 @@ use keystone_mesh_core::{NodeId, Via};
 use crate::nats::{FULL_CONE, PORT_RESTRICTED, SYMMETRIC};
 use crate::world::{Place, Relay, World, ms, secs};
 
-/// Two nodes that talk directly, for a minute already.
+/// Two nodes that talk directly, for a while already.
 fn established(places: [Place; 2], seed: u64) -> World {
     let mut world = World::new(places, seed);
     world.talk();
     world.run_until(secs(5), World::both_direct).expect("becomes direct");
-    world.run(secs(60));
+    world.run(secs(20));
     assert!(world.both_direct());
     world
 }
 
 #[test]
 fn traffic_leaves_a_dead_direct_way_within_a_second() {
-    for after in (0..500).step_by(10) {
+    for after in (0..500).step_by(20) {
         for latency in [ms(1), ms(20), ms(40)] {
             let mut world = established([PORT_RESTRICTED, FULL_CONE], after);
             world.net.latency = latency;
-            world.run(secs(30) + ms(after));
+            world.run(secs(5) + ms(after));
             let cut = world.now;
             world.set_direct(false);
             world.run(secs(2));
@@ -37,6 +37,24 @@ fn traffic_leaves_a_dead_direct_way_within_a_second() {
             assert!(gap <= secs(1) + ms(200), "cut after {after} ms: no data for {gap:?}");
             let reason = world.nodes[0].agent.status(world.now).reason;
             assert!(matches!(reason, Some(Reason::Died { .. })), "{reason:?}");
+        }
+    }
+}
+
+#[test]
+fn an_end_that_only_answers_follows_the_other_to_the_relay() {
+    for after in (0..500).step_by(20) {
+        for latency in [ms(1), ms(20)] {
+            let mut world = established([PORT_RESTRICTED, FULL_CONE], after);
+            world.net.latency = latency;
+            world.flow(0, ms(10));
+            world.answer(1);
+            world.run(secs(5) + ms(after));
+            let cut = world.now;
+            world.set_direct(false);
+            world.run(secs(3));
+            let gap = world.longest_gap(0, cut);
+            assert!(gap <= secs(1) + ms(100), "cut after {after} ms, latency {latency:?}: no answer for {gap:?}");
         }
     }
 }
@@ -196,8 +214,10 @@ fn a_node_restarted_while_the_relay_is_away_finds_its_direct_way_by_the_hint() {
 
 #[test]
 fn jitter_does_not_make_traffic_flap_between_equal_ways() {
-    for seed in 0..10 {
-        let mut world = World::without_records([Place::Public, Place::Public], seed);
+    const SEEDS: usize = 10;
+    let mut moves = 0;
+    for seed in 0..SEEDS {
+        let mut world = World::without_records([Place::Public, Place::Public], seed as u64);
         for n in 0..2 {
             world.nodes[n].v6 = Some(format!("[2001:db8::{}]:51840", n + 1).parse().unwrap());
         }
@@ -206,12 +226,11 @@ fn jitter_does_not_make_traffic_flap_between_equal_ways() {
         world.flow(0, ms(300));
         world.flow(1, ms(300));
         world.run(secs(3600));
-        for node in &world.nodes {
-            let moves = node.selections.len();
-            let told: Vec<_> = node.selections.iter().map(|(at, via)| (*at - world.start, via)).collect();
-            assert!(moves <= 5, "seed {seed}: {moves} moves in an hour: {told:?}");
-        }
+        // The first two selections are the relay, and away from it.
+        moves += world.nodes.iter().map(|node| node.selections.len() - 2).sum::<usize>();
     }
+    // Round trips between 40 and 160 ms: chance alone may still move a node once in an hour.
+    assert!(moves <= 2 * SEEDS, "{moves} moves in {} hours", 2 * SEEDS);
 }
 
 #[test]
@@ -261,7 +280,7 @@ fn a_path_that_is_hardly_used_outlives_the_nats_timeout() {
 #[test]
 fn a_way_that_becomes_too_narrow_is_left() {
     let mut world = established([PORT_RESTRICTED, FULL_CONE], 1);
-    world.net.largest = 1200;
+    world.net.largest = [1200; 2];
     let took = world.run_until(secs(2), |world| !world.direct(0) && !world.direct(1));
     assert!(took.is_some_and(|took: Duration| took <= secs(1)), "{took:?}");
     world.run(secs(20));

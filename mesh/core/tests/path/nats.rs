@@ -1,5 +1,7 @@
 //! Becoming direct: every pair of NATs, and what else stands between two nodes.
 
+use std::time::Instant;
+
 use keystone_mesh_core::path::{Nat, Observations, Outcome, Reason, State};
 use keystone_mesh_core::{NodeId, Via};
 
@@ -132,7 +134,7 @@ fn thirty_percent_of_loss_delays_but_does_not_prevent_direct() {
 #[test]
 fn where_large_packets_are_lost_traffic_stays_on_the_relay_and_the_reason_says_so() {
     let mut world = World::new([FULL_CONE, Place::Public], 1);
-    world.net.largest = 1200;
+    world.net.largest = [1200; 2];
     world.talk();
     world.run(secs(60));
     for n in 0..2 {
@@ -144,8 +146,22 @@ fn where_large_packets_are_lost_traffic_stays_on_the_relay_and_the_reason_says_s
     let probes = world.nodes[0].probes.len();
     assert!(probes < 250, "asking each other about it does not end: {probes} probes a minute");
 
-    world.net.largest = 1472;
+    world.net.largest = [1472; 2];
     assert!(world.run_until(secs(150), World::both_direct).is_some());
+}
+
+#[test]
+fn a_way_that_is_too_narrow_in_one_direction_is_used_in_the_other_and_not_asked_without_end() {
+    let mut world = World::new([FULL_CONE, Place::Public], 1);
+    world.net.largest = [1200, 1472];
+    world.talk();
+    world.run(secs(60));
+    assert!(!world.direct(0) && world.direct(1));
+    let from = world.now;
+    world.run(secs(600));
+    let large = |(at, _, len): &&(Instant, Via, usize)| *at > from && *len == 1312;
+    let probes = world.nodes[0].probes.iter().filter(large).count();
+    assert!(probes <= 150, "{probes} full-size probes in 10 minutes");
 }
 
 #[test]
@@ -174,7 +190,7 @@ fn status_explains_itself_while_probing_and_once_direct() {
     let idle = world.nodes[0].agent.status(world.now);
     assert_eq!((idle.state, idle.reason), (State::Idle, Some(Reason::NoDemand)));
     world.flow(0, ms(50));
-    world.run(ms(260));
+    world.run(ms(110));
     let probing = world.nodes[0].agent.status(world.now);
     assert!(matches!(probing.reason, Some(Reason::Probing { addresses: 2, .. })), "{:?}", probing.reason);
     world.run(secs(10));

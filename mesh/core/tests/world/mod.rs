@@ -1,7 +1,7 @@
 //! Two path agents joined by a simulated network, in virtual time.
 //!
 //! Probes are really encoded and verified. Data packets stand for WireGuard's. Each node's driver samples its counters
-//! every 250 ms, as the path module's head asks for. What must hold at any time is asserted here, in every test:
+//! every 100 ms, as the path module's head asks for. What must hold at any time is asserted here, in every test:
 //! a direct way is selected only after a full-size ping of the same node was answered by it, timeouts are never in the
 //! past, and draining ends.
 
@@ -19,7 +19,7 @@ use keystone_mesh_core::{PrivateKey, Via};
 
 use self::nat::{Filtering, Mapping, Nat};
 
-pub const SAMPLE: Duration = Duration::from_millis(250);
+pub const SAMPLE: Duration = Duration::from_millis(100);
 const RELAY_KEEPALIVE: Duration = Duration::from_secs(20);
 const RELAY_ADDR: &str = "192.0.2.1:443";
 pub const MTU: u16 = 1280;
@@ -48,7 +48,6 @@ pub struct Node {
     pub v4: SocketAddr,
     pub v6: Option<SocketAddr>,
     nat: Option<usize>,
-    secret: PrivateKey,
     key: ProbeKey,
     config: Arc<Config>,
 
@@ -59,6 +58,8 @@ pub struct Node {
     received: Option<Via>,
     observed: Option<SocketAddr>,
     flow: Option<(Duration, u64)>,
+    /// Whether it sends nothing but an answer to each data packet.
+    answers: bool,
 
     // --- what the test looks at ---
     pub selections: Vec<(Instant, Option<Via>)>,
@@ -86,8 +87,8 @@ pub struct Net {
     pub up: [bool; 2],
     pub v6_up: bool,
     pub lan_up: bool,
-    /// UDP payload that passes directly.
-    pub largest: usize,
+    /// UDP payload that passes directly, from the first node to the second and back.
+    pub largest: [usize; 2],
 }
 
 pub struct World {
@@ -139,7 +140,7 @@ impl World {
             up: [true; 2],
             v6_up: true,
             lan_up: true,
-            largest: 1500 - 28,
+            largest: [1500 - 28; 2],
         };
         let mut world = Self {
             now: start,
@@ -189,6 +190,12 @@ impl World {
         let generation = self.serial;
         self.nodes[n].flow = Some((period, generation));
         self.at(self.now, Event::Flow { n, generation });
+    }
+
+    /// Node `n` sends nothing but an answer to each data packet, as the far end of a ping does.
+    pub fn answer(&mut self, n: usize) {
+        self.nodes[n].flow = None;
+        self.nodes[n].answers = true;
     }
 
     /// Both nodes send all the time.
@@ -314,11 +321,15 @@ impl World {
             Event::Arrive { at, via, datagram: Datagram::Data } => {
                 self.nodes[at].received = Some(via);
                 self.nodes[at].arrived.push((now, via));
+                if let (true, Some(back)) = (self.nodes[at].answers, self.nodes[at].selected) {
+                    self.nodes[at].sent = true;
+                    self.transmit(at, back, Datagram::Data);
+                }
                 return false;
             }
             Event::Sample(n) => {
-                self.nodes[n].sample(now);
                 self.at(now + SAMPLE, Event::Sample(n));
+                return self.nodes[n].sample(now);
             }
             Event::Flow { n, generation } => {
                 let Some((period, current)) = self.nodes[n].flow else { return false };
@@ -399,7 +410,7 @@ impl World {
         let peer = 1 - from;
         let (own4, own6) = (self.nodes[from].v4, self.nodes[from].v6);
         if to.is_ipv6() {
-            let passes = self.net.v6_up && self.nodes[peer].v6 == Some(to) && self.passes(len);
+            let passes = self.net.v6_up && self.nodes[peer].v6 == Some(to) && self.passes(from, len);
             return own6.filter(|_| passes).map(|own| (own, self.net.latency));
         }
         let same_lan = self.nodes[from].nat.is_some() && self.nodes[from].nat == self.nodes[peer].nat;
@@ -410,7 +421,7 @@ impl World {
             return None;
         }
         let source = self.external(from, to);
-        if !self.net.up[from] || !self.passes(len) {
+        if !self.net.up[from] || !self.passes(from, len) {
             return None;
         }
         let inner = match self.nats.iter_mut().position(|nat| nat.public == to.ip()) {
@@ -435,8 +446,8 @@ impl World {
         }
     }
 
-    fn passes(&mut self, len: usize) -> bool {
-        len <= self.net.largest && self.rng.below(1000) >= self.net.loss
+    fn passes(&mut self, from: usize, len: usize) -> bool {
+        len <= self.net.largest[from] && self.rng.below(1000) >= self.net.loss
     }
 
     /// The address that `to` would see node `n` at; opens the mapping.
@@ -468,7 +479,6 @@ impl Node {
             v4: SocketAddr::from((ip, 51840)),
             v6: None,
             nat,
-            secret: secrets[n].clone(),
             key: ProbeKey::agree(&secrets[n], &secrets[1 - n].public_key()).unwrap(),
             config,
             selected: None,
@@ -477,6 +487,7 @@ impl Node {
             received: None,
             observed: None,
             flow: None,
+            answers: false,
             selections: Vec::new(),
             arrived: Vec::new(),
             probes: Vec::new(),
@@ -487,7 +498,7 @@ impl Node {
 
     fn probed(&mut self, via: Via, bytes: &[u8], now: Instant) {
         let Ok(unverified) = Unverified::parse(bytes) else { return };
-        if unverified.sender() == KeyHint::of(&self.secret.public_key()) {
+        if unverified.sender() == self.config.own {
             return;
         }
         let Ok(probe) = unverified.verify(&self.key) else { return };
@@ -500,13 +511,15 @@ impl Node {
         self.agent.handle_probe(via, &probe, bytes.len(), now);
     }
 
-    fn sample(&mut self, now: Instant) {
+    fn sample(&mut self, now: Instant) -> bool {
+        let news = self.received.is_some() || self.sent;
         if let Some(via) = self.received.take() {
             self.agent.handle_received(via, now);
         }
         if std::mem::take(&mut self.sent) {
             self.agent.handle_sent(now);
         }
+        news
     }
 
     fn select(&mut self, via: Option<Via>, now: Instant) {

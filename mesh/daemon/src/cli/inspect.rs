@@ -1,19 +1,14 @@
 //! `status` and `peers`.
 
-use anyhow::bail;
-
 use super::output::{ago, bytes, print, print_json, table};
 use crate::config::Places;
-use crate::control::{self, Answer, Request};
+use crate::control::{self, Answer, Request, not_the_question};
 use crate::status::{Peer, Status};
 
 /// Asks the daemon for its status.
 pub(super) async fn fetch(places: &Places) -> anyhow::Result<Status> {
-    match control::ask(&places.socket(), &Request::Status).await? {
-        Answer::Status(status) => Ok(*status),
-        Answer::Failed { message } => bail!(message),
-        Answer::Token { .. } | Answer::Tokens { .. } | Answer::Done => bail!("the daemon answered something else"),
-    }
+    let answer = control::ask(&places.socket(), &Request::Status).await?;
+    if let Answer::Status(status) = answer { Ok(*status) } else { Err(not_the_question().into()) }
 }
 
 pub(super) async fn status(places: &Places, json: bool) -> anyhow::Result<()> {

@@ -3,13 +3,13 @@
 use std::io::Read as _;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use keystone_mesh_core::token::Token;
 
 use super::output::{print, print_json};
 use super::{InitArgs, JoinArgs, RelayArgs, TokenArgs, UpArgs};
 use crate::config::{Config, Places};
-use crate::control::{self, Answer, ControlError, Request};
+use crate::control::{self, ControlError, Request};
 use crate::member::{self, Founding};
 use crate::state::StateDir;
 use crate::{daemon, join, relay};
@@ -90,34 +90,18 @@ pub(super) async fn relay(places: &Places, args: &RelayArgs) -> anyhow::Result<(
 }
 
 pub(super) async fn remove(places: &Places, name: keystone_mesh_core::node::NodeName) -> anyhow::Result<()> {
-    let request = Request::Remove { name: name.clone() };
-    let answer = match control::ask(&places.socket(), &request).await {
-        Err(ControlError::NotRunning { .. }) => {
-            let store = member::open_store(&places.state_dir).context("no daemon is running, and")?;
-            member::answer_from_store(&store, request)
-        }
-        other => other?,
-    };
-    done(answer)?;
+    super::token::ask(places, Request::Remove { name: name.clone() }).await?;
     print(&format!("node `{name}` is removed; its addresses rest for a day before another node gets them\n"))
 }
 
-pub(super) async fn leave(places: &Places, force: bool) -> anyhow::Result<()> {
-    match control::ask(&places.socket(), &Request::Leave { force }).await {
-        Err(ControlError::NotRunning { .. }) => daemon::leave_offline(places, force).await?,
-        other => done(other?)?,
+pub(super) async fn leave(places: &Places, interface: &str, force: bool) -> anyhow::Result<()> {
+    let asked = control::ask(&places.socket(), &Request::Leave { force }).await;
+    if matches!(asked, Err(ControlError::NotRunning { .. })) {
+        daemon::leave_offline(places, interface, force).await?;
+    } else {
+        asked?;
     }
     print("left the network; interface, routes and state are gone\n")
-}
-
-fn done(answer: Answer) -> anyhow::Result<()> {
-    match answer {
-        Answer::Done => Ok(()),
-        Answer::Failed { message } => bail!(message),
-        other @ (Answer::Status(_) | Answer::Token { .. } | Answer::Tokens { .. }) => {
-            bail!("the daemon answered something else: {other:?}")
-        }
-    }
 }
 
 fn read_token(args: &TokenArgs) -> anyhow::Result<Option<Token>> {

@@ -35,12 +35,12 @@ pub(super) fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
-/// Logs to standard error: without times under systemd, which has its own, and with colours on a terminal alone.
+/// Logs to standard error, but not the engine's words, which calls a peer that does not answer an error: without times under systemd, which has its own, and with colours on a terminal alone.
 pub(super) fn start_log(filter: &str) {
     let under_systemd = std::env::var_os("JOURNAL_STREAM").is_some();
-    let (filter, wrong) = match EnvFilter::try_new(filter) {
+    let (filter, wrong) = match EnvFilter::try_new(format!("boringtun=off,{filter}")) {
         Ok(filter) => (filter, None),
-        Err(error) => (EnvFilter::new("info"), Some(error)),
+        Err(error) => (EnvFilter::new("boringtun=off,info"), Some(error)),
     };
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -48,9 +48,9 @@ pub(super) fn start_log(filter: &str) {
         .with_ansi(io::stderr().is_terminal())
         .with_target(false);
     if under_systemd {
-        log.without_time().init()
+        log.without_time().init();
     } else {
-        log.init()
+        log.init();
     }
     if let Some(error) = wrong {
         tracing::warn!(%error, "the log filter is not understood; using info");

@@ -9,7 +9,7 @@ use super::TokenCommand;
 use super::output::{ago, print, print_json, table};
 use crate::clock::unix_now;
 use crate::config::Places;
-use crate::control::{self, Answer, ControlError, Request};
+use crate::control::{self, Answer, ControlError, Request, not_the_question};
 use crate::member;
 
 pub(super) async fn run(places: &Places, command: TokenCommand) -> anyhow::Result<()> {
@@ -17,48 +17,42 @@ pub(super) async fn run(places: &Places, command: TokenCommand) -> anyhow::Resul
         TokenCommand::Create { ttl, uses, name_pattern, routes, json } => {
             let ttl = parse_ttl(&ttl)?;
             let uses = (uses != 0).then_some(uses);
-            let request = Request::TokenCreate { ttl, uses, names: name_pattern, routes };
-            match ask(places, request).await? {
-                Answer::Token { token, id, expires } if json => {
-                    print_json(&serde_json::json!({ "token": token, "id": id, "expires": expires }))
-                }
-                Answer::Token { token, .. } => print(&format!("{token}\n")),
-                other => unexpected(other),
+            let answer = ask(places, Request::TokenCreate { ttl, uses, names: name_pattern, routes }).await?;
+            let Answer::Token { token, id, expires } = answer else { return Err(not_the_question().into()) };
+            if json {
+                print_json(&serde_json::json!({ "token": token, "id": id, "expires": expires }))
+            } else {
+                print(&format!("{token}\n"))
             }
         }
-        TokenCommand::List { json } => match ask(places, Request::TokenList).await? {
-            Answer::Tokens { tokens } if json => print_json(&tokens.iter().map(describe).collect::<Vec<_>>()),
-            Answer::Tokens { tokens } if tokens.is_empty() => {
-                print("no tokens; make one with `keystone-mesh token create`\n")
-            }
-            Answer::Tokens { tokens } => {
-                let rows: Vec<_> = tokens.iter().map(row).collect();
-                print(&table(&["ID", "STATE", "USES LEFT", "EXPIRES", "NAMES", "ROUTES"], &rows))
-            }
-            other => unexpected(other),
-        },
-        TokenCommand::Revoke { id } => match ask(places, Request::TokenRevoke { id }).await? {
-            Answer::Done => print(&format!("token {id} is revoked; nodes that joined with it stay\n")),
-            other => unexpected(other),
-        },
+        TokenCommand::List { json } => {
+            let answer = ask(places, Request::TokenList).await?;
+            let Answer::Tokens { tokens } = answer else { return Err(not_the_question().into()) };
+            if json { print_json(&tokens.iter().map(describe).collect::<Vec<_>>()) } else { print(&list(&tokens)) }
+        }
+        TokenCommand::Revoke { id } => {
+            ask(places, Request::TokenRevoke { id }).await?;
+            print(&format!("token {id} is revoked; nodes that joined with it stay\n"))
+        }
     }
 }
 
-async fn ask(places: &Places, request: Request) -> anyhow::Result<Answer> {
-    match control::ask(&places.socket(), &request).await {
-        Err(ControlError::NotRunning { .. }) => {
-            let store = member::open_store(&places.state_dir).context("no daemon is running, and")?;
-            Ok(member::answer_from_store(&store, request))
-        }
-        other => Ok(other?),
+/// Asks the daemon, or the registry itself where no daemon has it open.
+pub(super) async fn ask(places: &Places, request: Request) -> anyhow::Result<Answer> {
+    let asked = control::ask(&places.socket(), &request).await;
+    if !matches!(asked, Err(ControlError::NotRunning { .. })) {
+        return Ok(asked?);
     }
+    let store = member::open_store(&places.state_dir).context("no daemon is running, and")?;
+    Ok(control::refusals_are_errors(member::answer_from_store(&store, request))?)
 }
 
-fn unexpected(answer: Answer) -> anyhow::Result<()> {
-    match answer {
-        Answer::Failed { message } => bail!(message),
-        other => bail!("the daemon answered something else: {other:?}"),
+fn list(tokens: &[TokenRecord]) -> String {
+    if tokens.is_empty() {
+        return "no tokens; make one with `keystone-mesh token create`\n".into();
     }
+    let rows: Vec<_> = tokens.iter().map(row).collect();
+    table(&["ID", "STATE", "USES LEFT", "EXPIRES", "NAMES", "ROUTES"], &rows)
 }
 
 fn parse_ttl(text: &str) -> anyhow::Result<Option<u64>> {
@@ -74,11 +68,14 @@ fn parse_ttl(text: &str) -> anyhow::Result<Option<u64>> {
 }
 
 fn state(token: &TokenRecord) -> &'static str {
-    match token {
-        TokenRecord { revoked: true, .. } => "revoked",
-        TokenRecord { expires: Some(at), .. } if *at <= unix_now() => "expired",
-        TokenRecord { uses_left: Some(0), .. } => "used up",
-        _ => "good",
+    if token.revoked {
+        "revoked"
+    } else if token.expires.is_some_and(|at| at <= unix_now()) {
+        "expired"
+    } else if token.uses_left == Some(0) {
+        "used up"
+    } else {
+        "good"
     }
 }
 

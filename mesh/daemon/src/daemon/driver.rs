@@ -1,26 +1,25 @@
 //! The driver of the node's machine: every event becomes an input, every output an effect. No policy.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use keystone_mesh_core::Via;
 use keystone_mesh_core::kernel::{Desired, Route};
 use keystone_mesh_core::mesh::{Counters, Mesh, Output, with_port};
 use keystone_mesh_core::network::SignedNetwork;
 use keystone_mesh_core::node::{Entry, NodeRecord, SignedApproval};
 use keystone_mesh_core::relay::RelayAddr;
-use tokio::sync::{mpsc, watch};
+use keystone_mesh_core::{DropReason, Via};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::addresses::{self, Resolved};
 use super::keeper::{Keeper, KeeperEvent};
 use super::saver::Saver;
 use super::uplink::Uplink;
-use super::{End, Start, hints, report};
+use super::{End, Local, Start, hints, report};
 use crate::clock::unix_now_ms;
 use crate::config::Config;
 use crate::control::{Answer, Call, Request};
-use crate::dataplane::{DataEvent, DataPlane};
+use crate::dataplane::DataEvent;
 use crate::join;
 use crate::member;
 use crate::quic::relay_client::RelayState;
@@ -29,10 +28,12 @@ use crate::service::Service;
 use crate::signals::Stop;
 use crate::state::{LivePeer, Snapshot};
 
-/// Between two samples of the counters while any path is watched, as the path machine asks for.
-const SAMPLE: Duration = Duration::from_millis(250);
-/// And while none is.
-const SAMPLE_IDLE: Duration = Duration::from_secs(1);
+/// Between two samples of the counters while there is traffic, as the path machine asks for.
+const SAMPLE: Duration = Duration::from_millis(100);
+/// And while there has been none for [`QUIET_AFTER`].
+const SAMPLE_QUIET: Duration = Duration::from_millis(500);
+/// How long after the last traffic the counters are sampled more seldom: an idle daemon should cost nothing that shows.
+const QUIET_AFTER: Duration = Duration::from_secs(5);
 
 /// What the registry last said about itself.
 #[derive(Clone, Debug)]
@@ -51,10 +52,9 @@ pub(super) struct Driver {
     pub(super) start: Start,
     pub(super) config: Config,
     pub(super) mesh: Mesh,
-    pub(super) plane: Arc<DataPlane>,
+    pub(super) local: Local,
     pub(super) uplink: Uplink,
     pub(super) keeper: Keeper,
-    pub(super) started: Instant,
 
     // --- what was heard ---
     pub(super) registry_state: RegistryState,
@@ -66,35 +66,26 @@ pub(super) struct Driver {
     // --- what was done ---
     last_seq: u64,
     timeout: Option<Instant>,
-    saver: Saver,
+    saver: Option<Saver>,
     dirty: bool,
     service: Option<(Vec<IpAddr>, Service)>,
     service_addresses: Vec<IpAddr>,
 }
 
 impl Driver {
-    pub(super) fn new(
-        start: Start,
-        config: Config,
-        mesh: Mesh,
-        plane: Arc<DataPlane>,
-        uplink: Uplink,
-        keeper: Keeper,
-        started: Instant,
-    ) -> Self {
+    pub(super) fn new(start: Start, config: Config, mesh: Mesh, local: Local, uplink: Uplink, keeper: Keeper) -> Self {
         let endpoints = config.plain_peers.iter().filter_map(|p| Some((p.config.key, p.endpoint.clone()?))).collect();
         let (resolved, _) = addresses::start(config.endpoints.clone(), endpoints);
         let registry_state = if uplink.registry.is_some() { RegistryState::Waiting } else { RegistryState::None };
         let relay_changes = uplink.relays.changes();
-        let saver = Saver::start(start.state.clone());
+        let saver = Some(Saver::start(start.state.clone()));
         Self {
             start,
             config,
             mesh,
-            plane,
+            local,
             uplink,
             keeper,
-            started,
             registry_state,
             signed_network: None,
             relay_changes,
@@ -133,30 +124,40 @@ impl Driver {
         stop: &mut Stop,
         mut events: mpsc::Receiver<DataEvent>,
         mut calls: mpsc::Receiver<Call>,
-    ) -> anyhow::Result<End> {
+    ) -> End {
         let mut sample_at = Instant::now() + SAMPLE;
+        let mut quiet_at = sample_at + QUIET_AFTER;
         loop {
             let timeout = self.timeout.unwrap_or(sample_at).min(sample_at);
             tokio::select! {
                 signal = stop.requested() => {
                     tracing::info!(signal, "stopping");
-                    return Ok(End::Stopped);
+                    return End::Stopped;
                 }
-                Some(event) = events.recv() => self.data_event(event),
-                event = next_event(&mut self.uplink) => self.registry_event(event)?,
+                Some(event) = events.recv() => {
+                    if matches!(event, DataEvent::TunLost) {
+                        return End::InterfaceLost;
+                    }
+                    self.data_event(event);
+                }
+                event = next_event(&mut self.uplink) => if let Err(error) = self.registry_event(event) {
+                    return End::PutOut(error);
+                },
                 _ = self.relay_changes.changed() => self.relays_changed(),
                 event = self.keeper.next() => match event {
                     KeeperEvent::HostAddresses(addresses) => self.host_addresses(addresses),
                     KeeperEvent::Applied => self.restart_service(),
                 },
                 Some(resolved) = self.resolved.recv() => self.resolved(resolved),
-                Some(call) = calls.recv() => if self.call(call).await? { return Ok(End::Left) },
+                Some(call) = calls.recv() => if let Some(asker) = self.call(call).await { return End::Left(asker) },
                 () = tokio::time::sleep_until(timeout.into()) => {}
             }
             let now = Instant::now();
             if now >= sample_at {
-                self.sample(now);
-                sample_at = now + if self.mesh.is_active() { SAMPLE } else { SAMPLE_IDLE };
+                if self.sample(now) {
+                    quiet_at = now + QUIET_AFTER;
+                }
+                sample_at = now + if now < quiet_at { SAMPLE } else { SAMPLE_QUIET };
             }
             if self.timeout.is_some_and(|at| now >= at) {
                 self.mesh.handle_timeout(now);
@@ -166,11 +167,13 @@ impl Driver {
     }
 
     /// Writes what is left to write and says goodbye.
-    pub(super) async fn finish(mut self) {
+    pub(super) async fn finish(self) {
         self.save();
         drop(self.service);
         drop(self.keeper);
-        self.saver.finish().await;
+        if let Some(saver) = self.saver {
+            saver.finish().await;
+        }
         self.uplink.finish().await;
     }
 
@@ -181,19 +184,21 @@ impl Driver {
         match event {
             DataEvent::Probe { via, from, bytes } => {
                 if let Err(refusal) = self.mesh.handle_probe(via, from, &bytes, now) {
+                    self.local.plane.count_drop(DropReason::BadProbe);
                     tracing::trace!(%via, %refusal, "probe dropped");
                 }
             }
             DataEvent::Demand { peer } => self.mesh.handle_demand(&peer, now),
             DataEvent::Roamed { peer, via } => self.mesh.handle_roamed(&peer, via, now),
             DataEvent::Handshake { peer } => self.mesh.handle_session(&peer),
+            DataEvent::TunLost => {}
         }
     }
 
     fn registry_event(&mut self, event: Event) -> anyhow::Result<()> {
         let now = Instant::now();
         match event {
-            Event::Joined(approval) => self.joined(approval)?,
+            Event::Joined(approval) => self.joined(&approval)?,
             Event::Snapshot { network, entries } => {
                 self.registry_state = RegistryState::Current;
                 self.everything(network, entries, now);
@@ -216,7 +221,7 @@ impl Driver {
         Ok(())
     }
 
-    fn joined(&mut self, approval: SignedApproval) -> anyhow::Result<()> {
+    fn joined(&mut self, approval: &SignedApproval) -> anyhow::Result<()> {
         if let (Some(token), Some(name)) = (&self.start.token, &self.start.name) {
             let membership = join::accepted(token, name.clone(), approval.clone())?;
             self.start.state.set_membership(&membership)?;
@@ -224,7 +229,7 @@ impl Driver {
             tracing::info!(node = %name, network = %membership.network, addresses, "joined");
             self.start.membership = Some(membership);
         }
-        self.uplink.set_approval(&approval);
+        self.uplink.set_approval(approval);
         Ok(())
     }
 
@@ -284,7 +289,7 @@ impl Driver {
 
     fn host_addresses(&mut self, addresses: Vec<IpAddr>) {
         let known = !self.mesh.location().0.is_empty();
-        self.mesh.handle_host_addresses(with_port(addresses, self.plane.local_addr().port()), Instant::now());
+        self.mesh.handle_host_addresses(with_port(addresses, self.local.port), Instant::now());
         if known {
             self.uplink.network_changed();
         }
@@ -300,9 +305,16 @@ impl Driver {
         }
     }
 
-    fn sample(&mut self, now: Instant) {
-        let counters: Vec<Counters> = self.plane.counters();
-        self.mesh.handle_counters(&counters, now);
+    /// Whether there was traffic since the last sample.
+    fn sample(&mut self, now: Instant) -> bool {
+        let counters = self.local.plane.stats().peers.into_iter().map(|peer| Counters {
+            peer: peer.key,
+            sent: peer.tx_bytes,
+            received: peer.rx_bytes,
+            received_via: peer.received_via,
+        });
+        let counters: Vec<Counters> = counters.collect();
+        self.mesh.handle_counters(&counters, now)
     }
 
     // --- outputs to effects ---
@@ -310,17 +322,22 @@ impl Driver {
     fn drain(&mut self, now: Instant) {
         loop {
             match self.mesh.poll_output(now) {
-                Output::Peers(ops) => self.plane.apply(&ops),
+                Output::Peers(ops) => self.local.plane.apply(&ops),
                 Output::Kernel { addresses, routes } => self.set_kernel(addresses, &routes),
                 Output::Relays(relays) => {
                     self.uplink.relays.set_relays(&relays);
+                    // The relay inside this node is always up for it.
+                    let own = self.start.secret.identity().id();
+                    let inside = self.config.serve_relay && relays.iter().any(|relay| relay.id == own);
+                    self.mesh.handle_relay(own, inside, now);
                     self.relays = relays;
                 }
                 Output::SetPath { peer, via } => {
+                    // False: the peer went in the same breath, and its removal is the next output.
                     tracing::debug!(%peer, via = via.map(tracing::field::display), "path");
-                    self.plane.set_path(&peer, via);
+                    self.local.plane.set_path(&peer, via);
                 }
-                Output::StartHandshake(peer) => self.plane.start_handshake(&peer),
+                Output::StartHandshake(peer) => drop(self.local.plane.start_handshake(&peer)),
                 Output::SendProbe { to, via, bytes } => self.send_probe(to, via, &bytes),
                 Output::Publish(record) => self.publish(record),
                 Output::Save => self.dirty = true,
@@ -357,7 +374,7 @@ impl Driver {
 
     fn send_probe(&self, to: Option<keystone_mesh_core::NodeId>, via: Via, bytes: &[u8]) {
         match (via, to) {
-            (Via::Direct(addr), _) => self.plane.send_probe(addr, bytes),
+            (Via::Direct(addr), _) => self.local.plane.send_probe(addr, bytes),
             (Via::Relay(relay), Some(to)) => drop(self.uplink.relays.send(relay, to, &mut std::iter::once(bytes))),
             (Via::Relay(_), None) => {}
         }
@@ -372,12 +389,10 @@ impl Driver {
     }
 
     fn save(&self) {
-        if self.start.membership.is_none() {
-            return;
-        }
+        let Some(saver) = self.saver.as_ref().filter(|_| self.start.membership.is_some()) else { return };
         let (_, entries) = self.mesh.known();
         let live = self.mesh.hints().into_iter().map(|hint| LivePeer { key: hint.peer, direct: hint.direct });
-        self.saver.save(Snapshot {
+        saver.save(Snapshot {
             network: self.signed_network.clone(),
             entries: entries.cloned().collect(),
             live: live.collect(),
@@ -386,10 +401,9 @@ impl Driver {
 
     // --- the control socket ---
 
-    /// Answers a call; true where the node has left.
-    async fn call(&mut self, call: Call) -> anyhow::Result<bool> {
+    /// Answers a call; where the node has left by it, gives back whom to answer in the end.
+    async fn call(&mut self, call: Call) -> Option<oneshot::Sender<Answer>> {
         let Call { request, answer } = call;
-        let mut left = false;
         let said = match request {
             Request::Status => Answer::Status(Box::new(report::status(self, Instant::now()))),
             Request::Connect { name } => match self.mesh.peer_named(&name) {
@@ -400,10 +414,7 @@ impl Driver {
                 None => failed(format!("there is no peer `{name}`")),
             },
             Request::Leave { force } => match self.leave(force).await {
-                Ok(()) => {
-                    left = true;
-                    Answer::Done
-                }
+                Ok(()) => return Some(answer),
                 Err(message) => failed(message),
             },
             request @ (Request::TokenCreate { .. }
@@ -415,7 +426,7 @@ impl Driver {
             },
         };
         let _ = answer.send(said);
-        Ok(left)
+        None
     }
 
     async fn leave(&mut self, force: bool) -> Result<(), String> {
@@ -431,6 +442,10 @@ impl Driver {
             tracing::warn!(why, "the control plane was not told; remove this node there");
         }
         self.start.membership = None;
+        // First what is still to be written, so that it does not come back.
+        if let Some(saver) = self.saver.take() {
+            saver.finish().await;
+        }
         self.start.state.forget().map_err(|error| error.to_string())
     }
 }

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use keystone_mesh_core::mesh::PeerStatus;
 use keystone_mesh_core::path::{Outcome, State, Tried};
-use keystone_mesh_core::{DropReason, NodeId, Via};
+use keystone_mesh_core::{NodeId, Via};
 
 use super::driver::{Driver, RegistryState};
 use crate::dataplane::{PeerStats, Stats};
@@ -13,10 +13,16 @@ use crate::service::data_plane_cpu;
 use crate::status::{DataPlane, Node, Peer, Registry, Relay, Status};
 
 pub(super) fn status(driver: &Driver, now: Instant) -> Status {
-    let stats = driver.plane.stats();
+    let stats = driver.local.plane.stats();
     let peers = driver.mesh.peers(now).into_iter().map(|peer| describe_peer(driver, peer, &stats, now)).collect();
     let mut warnings = driver.keeper.warnings();
     warnings.extend(driver.mesh.faults().iter().map(ToString::to_string));
+    warnings.extend(driver.mesh.unapproved_routes().map(|route| {
+        format!(
+            "the route to {route} is asked for and not approved; leave and join again with a token made with `token create \
+             --route {route}`"
+        )
+    }));
     Status {
         node: node(driver, now),
         relays: driver.relays.iter().map(|relay| describe_relay(driver, relay)).collect(),
@@ -34,17 +40,17 @@ fn node(driver: &Driver, now: Instant) -> Node {
         name: driver.start.name.clone(),
         network: membership.map(|membership| membership.network),
         identity: driver.start.secret.identity().id(),
-        public_key: driver.plane.public_key(),
+        public_key: driver.local.public_key,
         addresses: driver.mesh.addresses(),
         control_plane: membership.is_some_and(|membership| membership.control_plane),
         interface: driver.config.interface.clone(),
         mtu: driver.config.mtu,
-        listen_port: driver.plane.local_addr().port(),
+        listen_port: driver.local.port,
         endpoints: candidates.iter().map(ToString::to_string).collect(),
         nat,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),
-        uptime_s: now.saturating_duration_since(driver.started).as_secs_f64(),
+        uptime_s: now.saturating_duration_since(driver.local.started).as_secs_f64(),
     }
 }
 
@@ -124,8 +130,8 @@ fn relay_name(driver: &Driver, id: NodeId) -> String {
 }
 
 fn drops(stats: &Stats) -> std::collections::BTreeMap<String, u64> {
-    let counted = DropReason::ALL.iter().map(|reason| (reason.label().to_owned(), stats.drops(*reason)));
-    counted.filter(|(_, count)| *count > 0).collect()
+    let counted = stats.drops.iter().filter(|(_, count)| *count > 0);
+    counted.map(|(reason, count)| (reason.label().to_owned(), *count)).collect()
 }
 
 fn millis(time: std::time::Duration) -> f64 {

@@ -53,8 +53,9 @@ async fn run(state: Arc<StateDir>, mut snapshots: watch::Receiver<Option<Snapsho
             Err(error) => tracing::error!(%error, "the snapshot is not kept"),
         }
         if open {
-            // The first write is at once: a machine that joins and loses power has its peers.
-            tokio::time::sleep(PAUSE).await;
+            // The first write is at once: a machine that joins and loses power has its peers. An end cuts the pause short.
+            let _ = tokio::time::timeout(PAUSE, snapshots.wait_for(|_| false)).await;
+            snapshots.mark_changed();
         }
     }
 }

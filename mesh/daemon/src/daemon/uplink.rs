@@ -1,22 +1,22 @@
 //! The node's ways to others: relays, and the registry behind them.
 
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow};
+use keystone_mesh_core::NodeId;
 use keystone_mesh_core::gateway::{FromGateway, ToGateway, VERSION};
 use keystone_mesh_core::node::{NodeRecord, SignedApproval};
 use keystone_mesh_core::path::Nat;
 use keystone_mesh_core::relay::{AdmissionLimits, Rendezvous};
-use keystone_mesh_core::{NodeId, Via};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 
 use super::Start;
 use crate::clock::unix_now_ms;
 use crate::config::Config;
-use crate::dataplane::{DataPlane, RelaySink};
+use crate::dataplane::{DataPlane, PacketBatch, RelaySink};
 use crate::member::REGISTRY_FILE;
 use crate::quic::endpoint::{ConnectionHandler, EndpointLimits, QuicEndpoint};
 use crate::quic::gateway::{self, GatewayAcceptor, GatewayStream, StreamVia};
@@ -39,17 +39,17 @@ const WAITING_STREAMS: usize = 256;
 
 /// The data plane is there before the relays are; until they are, packets for relays are dropped and counted.
 #[derive(Default)]
-pub(super) struct LateRelays(OnceLock<Arc<RelayPool>>);
+pub(super) struct LateRelays(OnceLock<Weak<RelayPool>>);
 
 impl LateRelays {
-    pub(super) fn set(&self, relays: Arc<RelayPool>) {
-        let _ = self.0.set(relays);
+    pub(super) fn set(&self, relays: &Arc<RelayPool>) {
+        let _ = self.0.set(Arc::downgrade(relays));
     }
 }
 
 impl RelaySink for LateRelays {
     fn send(&self, relay: NodeId, to: NodeId, packets: &mut dyn Iterator<Item = &[u8]>) -> usize {
-        match self.0.get() {
+        match self.0.get().and_then(Weak::upgrade) {
             Some(relays) => relays.send(relay, to, packets),
             None => packets.count(),
         }
@@ -61,6 +61,23 @@ impl RelaySink for LateRelays {
 struct Ways {
     rendezvous: Vec<Rendezvous>,
     credential: Option<Vec<u8>>,
+}
+
+/// Opens the registry of the control plane, with what the configuration says about the network; none elsewhere.
+pub(super) fn open_store(start: &Start, config: &Config) -> anyhow::Result<Option<Arc<Store>>> {
+    if !start.membership.as_ref().is_some_and(|membership| membership.control_plane) {
+        return Ok(None);
+    }
+    let store = Store::open(&start.state.file(REGISTRY_FILE), start.secret.identity())?;
+    store.edit_network(|network| {
+        if !config.relays.is_empty() {
+            network.relays.clone_from(&config.relays);
+        }
+        if !config.gateways.is_empty() {
+            network.gateways.clone_from(&config.gateways);
+        }
+    })?;
+    Ok(Some(Arc::new(store)))
 }
 
 /// Everything between this node and others that is not the data plane.
@@ -82,12 +99,12 @@ impl Uplink {
     pub(super) fn start(
         start: &Start,
         config: &Config,
+        store: Option<Arc<Store>>,
         endpoint: QuicEndpoint,
-        plane: Arc<DataPlane>,
+        plane: &Arc<DataPlane>,
     ) -> anyhow::Result<Self> {
         let identity = start.secret.identity();
         let network = start.membership.as_ref().map(|m| m.network).or(start.token.as_ref().map(|token| token.network));
-        let control_plane = start.membership.as_ref().is_some_and(|membership| membership.control_plane);
         let shown = start.membership.as_ref().and_then(|membership| membership.approval.as_ref()).map(credential);
         let known = start.snapshot.network.as_ref().map(|network| network.get().rendezvous()).unwrap_or_default();
         let first = start.membership.as_ref().map(|m| m.rendezvous.clone()).unwrap_or_default();
@@ -95,11 +112,16 @@ impl Uplink {
         let ways = Ways { rendezvous: merged([known, first, invited]), credential: shown.clone() };
         let ways = Arc::new(Mutex::new(ways));
 
-        let deliver: Deliver = Arc::new(move |relay, from, packets| plane.inject(Via::Relay(relay), from, packets));
+        // Weak: the data plane ends with the driver, whatever connection still lingers.
+        let plane = Arc::downgrade(plane);
+        let deliver: Deliver = Arc::new(move |relay, from, packets| {
+            if let Some(plane) = plane.upgrade() {
+                plane.inject(relay, from, PacketBatch(packets));
+            }
+        });
         let mut handlers: Vec<(Protocol, Arc<dyn ConnectionHandler>)> = Vec::new();
         let mut serving = Vec::new();
         let mut spliced: Option<Arc<dyn AcceptSpliced>> = None;
-        let store = if control_plane { Some(Arc::new(open_store(start, config)?)) } else { None };
         if let Some(store) = &store {
             let (acceptor, streams) = GatewayAcceptor::new(&identity, WAITING_STREAMS);
             serving.push(tokio::spawn(serve_gateway(Arc::new(Gateway::new(store.clone())), streams)));
@@ -191,19 +213,6 @@ fn merged<const N: usize>(lists: [Vec<Rendezvous>; N]) -> Vec<Rendezvous> {
     ways
 }
 
-fn open_store(start: &Start, config: &Config) -> anyhow::Result<Store> {
-    let store = Store::open(&start.state.file(REGISTRY_FILE), start.secret.identity())?;
-    store.edit_network(|network| {
-        if !config.relays.is_empty() {
-            network.relays.clone_from(&config.relays);
-        }
-        if !config.gateways.is_empty() {
-            network.gateways.clone_from(&config.gateways);
-        }
-    })?;
-    Ok(store)
-}
-
 fn dialler(endpoint: QuicEndpoint, network: NodeId, ways: Arc<Mutex<Ways>>) -> Dial {
     Arc::new(move || {
         let endpoint = endpoint.clone();
@@ -258,11 +267,12 @@ pub(super) async fn tell_leave(state: &StateDir, membership: &Membership, patien
     frames::write(&mut stream, &ToGateway::Attach { version: VERSION, record }, MAX_FRAME).await?;
     frames::write(&mut stream, &ToGateway::Leave, MAX_FRAME).await?;
     loop {
-        match frames::read_within(&mut stream, MAX_FRAME, patience).await? {
-            FromGateway::Left => return Ok(()),
-            FromGateway::Refused(refusal) if refusal.code == "not-member" => return Ok(()),
-            FromGateway::Refused(refusal) => bail!(refusal.message),
-            _ => {}
+        let heard: FromGateway = frames::read_within(&mut stream, MAX_FRAME, patience).await?;
+        if let FromGateway::Refused(refusal) = heard {
+            return if refusal.code == "not-member" { Ok(()) } else { Err(anyhow!(refusal.message)) };
+        }
+        if matches!(heard, FromGateway::Left) {
+            return Ok(());
         }
     }
 }

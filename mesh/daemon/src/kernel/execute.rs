@@ -28,8 +28,9 @@ pub(super) async fn execute(handle: &Handle, actual: &Actual, op: KernelOp) -> i
 
         KernelOp::AddAddress(net) => {
             let mut request = handle.address().add(link()?, net.addr(), net.prefix_len());
-            let no_prefix_route = AddressAttribute::Flags(AddressFlags::Noprefixroute);
-            request.message_mut().attributes.push(no_prefix_route);
+            // The network gives each address once; detecting duplicates would only delay its use by a second.
+            let flags = AddressAttribute::Flags(AddressFlags::Noprefixroute | AddressFlags::Nodad);
+            request.message_mut().attributes.push(flags);
             request.execute().await
         }
         KernelOp::RemoveAddress(net) => handle.address().del(address_message(link()?, net)).execute().await,

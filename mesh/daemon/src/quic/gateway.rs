@@ -218,6 +218,17 @@ pub struct GatewayAcceptor {
     counters: AcceptorCounters,
 }
 
+/// What became of streams that reached an acceptor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AcceptorSnapshot {
+    /// Handed over.
+    pub accepted: u64,
+    /// Failed before they were streams: no stream opened, or TLS through a relay failed.
+    pub failed: u64,
+    /// Refused because too many waited.
+    pub refused: u64,
+}
+
 #[derive(Default)]
 struct AcceptorCounters {
     accepted: AtomicU64,
@@ -238,10 +249,11 @@ impl GatewayAcceptor {
         (Arc::new(acceptor), incoming)
     }
 
-    /// Streams handed over, failed in their handshake, and refused because too many waited.
-    pub fn counters(&self) -> [u64; 3] {
+    /// What became of streams so far.
+    pub fn counters(&self) -> AcceptorSnapshot {
         let AcceptorCounters { accepted, failed, refused } = &self.counters;
-        [accepted, failed, refused].map(|counter| counter.load(Ordering::Relaxed))
+        let [accepted, failed, refused] = [accepted, failed, refused].map(|counter| counter.load(Ordering::Relaxed));
+        AcceptorSnapshot { accepted, failed, refused }
     }
 
     fn hand_over(&self, stream: GatewayStream) {

@@ -126,6 +126,16 @@ impl RelayServer {
         self.id
     }
 
+    /// Ends the connection of a node that lost its approval. It may come back with one that is good. Returns whether it
+    /// was connected.
+    pub fn disconnect(&self, id: NodeId, reason: &str) -> bool {
+        let client = self.client(id);
+        if let Some(client) = &client {
+            client.connection.close(CloseCode::Refused.number().into(), reason.as_bytes());
+        }
+        client.is_some()
+    }
+
     /// What it has done so far, and who is connected.
     pub fn snapshot(&self) -> RelaySnapshot {
         let clients = self.clients.read().unwrap_or_else(PoisonError::into_inner).len();
@@ -211,6 +221,10 @@ impl RelayServer {
     }
 
     async fn refuse(&self, connection: &Connection, control: Option<SendStream>, refusal: Refusal) {
+        // Of all its attempts at a relay's addresses a client keeps one and closes the others before it greets.
+        if connection.close_reason().is_some() {
+            return;
+        }
         self.counters.refused(refusal.code);
         let code = if refusal.code == Code::Malformed { CloseCode::Malformed } else { CloseCode::Refused };
         let reason = refusal.message.clone();

@@ -22,6 +22,9 @@ pub const MAX_FRAME: usize = 16 << 20;
 const EVENTS: usize = 64;
 /// How long a leave waits for its answer.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(5);
+/// A session in which a node joined through a relay is one of a stranger to that relay, which cuts it after a minute. It
+/// is renewed once the approval has settled.
+const RENEW_AFTER: Duration = Duration::from_secs(5);
 /// How long the answer to the first message may take.
 const OPEN_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -116,6 +119,8 @@ struct Session {
 enum End {
     /// To be opened again.
     Lost(String),
+    /// To be opened again at once, as the member that this node has become.
+    Renewed,
     /// Not to be opened again.
     Over,
 }
@@ -129,6 +134,7 @@ impl Session {
             let why = match (self.dial)().await {
                 Ok(stream) => match self.attached(stream, &mut backoff).await {
                     End::Lost(why) => why,
+                    End::Renewed => continue,
                     End::Over => return,
                 },
                 Err(why) => why,
@@ -150,6 +156,7 @@ impl Session {
     async fn attached(&mut self, stream: Box<dyn Stream>, backoff: &mut Backoff) -> End {
         let (mut input, mut output) = tokio::io::split(stream);
         let Some(record) = self.records.borrow_and_update().clone() else { return End::Lost("no record yet".into()) };
+        let joins = self.invitation.is_some();
         let first = match &self.invitation {
             Some(Invitation { id, secret }) => {
                 ToGateway::Join { version: VERSION, token: *id, secret: secret.clone(), record }
@@ -179,7 +186,12 @@ impl Session {
                 }
             }
         });
-        let end = self.exchange(&mut output, &mut messages).await;
+        let exchange = self.exchange(&mut output, &mut messages);
+        let end = if joins {
+            tokio::time::timeout(RENEW_AFTER, exchange).await.unwrap_or(End::Renewed)
+        } else {
+            exchange.await
+        };
         reading.abort();
         end
     }

@@ -35,7 +35,7 @@ impl EmbeddedRegistry {
 
 impl Registry for EmbeddedRegistry {
     fn publish(&mut self, record: SignedRecord) {
-        if let Err(error) = self.store.enter_own(record, unix_now()) {
+        if let Err(error) = self.store.publish_own(record, unix_now()) {
             tracing::error!(%error, "this node's own record is not stored");
         }
     }

@@ -109,7 +109,7 @@ impl Gateway {
             }
             ToGateway::Attach { record, .. } => {
                 let name = record.get().name.clone();
-                self.store.publish(caller.id, record).map_err(refusal)?;
+                self.store.publish(caller.id, record).map_err(|error| refusal(&error))?;
                 Ok((name, None))
             }
             ToGateway::Publish { .. } | ToGateway::Leave => {
@@ -141,7 +141,7 @@ impl Gateway {
                 if matches!(error, StoreError::Join(JoinRefusal::Token(TokenRefusal::Unknown))) {
                     throttle.handle_failure(source, Instant::now());
                 }
-                Err(refusal(error))
+                Err(refusal(&error))
             }
         }
     }
@@ -161,7 +161,7 @@ impl Gateway {
                         let seq = record.get().seq;
                         match self.store.publish(caller.id, record) {
                             Ok(()) => say(output, &FromGateway::Published { seq }).await?,
-                            Err(error) => say(output, &FromGateway::Refused(refusal(error))).await?,
+                            Err(error) => say(output, &FromGateway::Refused(refusal(&error))).await?,
                         }
                     }
                     ToGateway::Leave => return self.leave(output, caller, name).await,
@@ -205,7 +205,7 @@ impl Gateway {
         let answer = if own { self.store.remove(name, unix_now()) } else { Ok(()) };
         match answer {
             Ok(()) => say(output, &FromGateway::Left).await,
-            Err(error) => say(output, &FromGateway::Refused(refusal(error))).await,
+            Err(error) => say(output, &FromGateway::Refused(refusal(&error))).await,
         }
     }
 }
@@ -215,8 +215,8 @@ async fn say(output: &mut (impl AsyncWrite + Unpin), message: &FromGateway) -> R
     written.map_err(|_| StreamError::TimedOut(PATIENCE))?
 }
 
-fn refusal(error: StoreError) -> Refusal {
-    let code = match &error {
+fn refusal(error: &StoreError) -> Refusal {
+    let code = match error {
         StoreError::Join(refusal) => refusal.code(),
         StoreError::Publish(refusal) => refusal.code(),
         StoreError::NoSuchNode(_) => "not-member",

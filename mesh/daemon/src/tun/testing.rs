@@ -104,7 +104,7 @@ impl Packet {
         if self.tcp {
             bytes.extend_from_slice(&self.sequence.to_be_bytes());
             bytes.extend_from_slice(&self.ack.to_be_bytes());
-            bytes.extend_from_slice(&[((20 + self.options.len()) / 4 << 4) as u8, self.flags]);
+            bytes.extend_from_slice(&[(((20 + self.options.len()) / 4) << 4) as u8, self.flags]);
             bytes.extend_from_slice(&self.window.to_be_bytes());
             bytes.extend_from_slice(&[pseudo[0], pseudo[1], 0, 0]);
             bytes.extend_from_slice(&self.options);

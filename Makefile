@@ -1,0 +1,112 @@
+# Every task of this repository by name; `make` alone lists them.
+#
+# Tools that are built from source are pinned here and kept outside of the checkout, in $(CACHE).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+CACHE := $(or $(KEYSTONE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/keystone-mesh)
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+
+CARGO_DENY_VERSION := 0.20.2
+CARGO_FUZZ_VERSION := 0.13.2
+CARGO_DENY := $(CACHE)/cargo-deny-$(CARGO_DENY_VERSION)/bin/cargo-deny
+CARGO_FUZZ := $(CACHE)/cargo-fuzz-$(CARGO_FUZZ_VERSION)/bin/cargo-fuzz
+
+# Seconds for each fuzz target, and which ones (all, unless given).
+FUZZ_SECONDS ?= 600
+FUZZ_TARGETS ?= $$($(CARGO_FUZZ) list --fuzz-dir tests/fuzz)
+
+# More arguments for the program of a task: make lab ARGS='--keep', make bench ARGS='seal'.
+ARGS ?=
+
+.PHONY: help
+help: ## List the tasks
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+##### See it work
+
+.PHONY: lab
+lab: ## Play the home-and-cloud scenario with real daemons on a small internet (ARGS='--list' for others)
+	cargo build --locked --release -p keystone-mesh -p keystone-lab
+	$(TARGET)/release/keystone-lab $(ARGS)
+
+##### Tests
+
+.PHONY: test
+test: deps lint doc ## Everything that must hold: lint, docs, tests of all rings; says what is skipped and why
+	tests/scripts/test --locked $(ARGS)
+
+.PHONY: test-fast
+test-fast: ## Machines only: unit and property tests in virtual time, no namespaces, no root
+	cargo test --locked --workspace --lib $(ARGS)
+
+.PHONY: test-peers
+test-peers: ## Install wireguard-go and boringtun-cli, which the interoperability tests talk to
+	tests/peers/install
+
+.PHONY: test-peers-path
+test-peers-path: ## Print the directory of `wireguard` (wireguard-go) and `boringtun-cli`
+	@tests/peers/install --path
+
+# Without AddressSanitizer, which needs a nightly compiler: the decoders have no unsafe code for it to watch.
+.PHONY: fuzz
+fuzz: $(CARGO_FUZZ) ## Fuzz each decoder of outside bytes for FUZZ_SECONDS (600); FUZZ_TARGETS='a b' for some
+	for target in $(FUZZ_TARGETS); do \
+	    found=$(CACHE)/fuzz/$$target; seeds=tests/fuzz/corpus/$$target; \
+	    mkdir -p $$found; [ -d $$seeds ] || seeds=; \
+	    echo "fuzzing $$target for $(FUZZ_SECONDS) s"; \
+	    $(CARGO_FUZZ) run --fuzz-dir tests/fuzz --sanitizer none $$target $$found $$seeds -- \
+	        -max_total_time=$(FUZZ_SECONDS) -timeout=10 $(ARGS); \
+	done
+
+##### Measurements
+
+.PHONY: bench
+bench: ## Micro-benchmarks (criterion); ARGS='seal' for some
+	cargo bench --locked --workspace --benches -- $(ARGS)
+
+.PHONY: bench-peers
+bench-peers: deps test-peers ## Throughput and CPU against raw veth, wireguard-go and boringtun-cli, interleaved
+	cargo build --locked --release -p keystone-mesh -p keystone-lab
+	PATH=$$(tests/peers/install --path):$$PATH $(TARGET)/release/keystone-lab bench-peers $(ARGS)
+
+##### Checks
+
+.PHONY: lint
+lint: $(CARGO_DENY) ## Formatting, clippy, licences, duplicate and banned crates
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+	$(CARGO_DENY) --log-level error --locked check bans licenses sources
+
+.PHONY: advisories
+advisories: $(CARGO_DENY) ## Known vulnerabilities of our crates; fetches the RustSec database from GitHub
+	$(CARGO_DENY) --locked check advisories
+
+.PHONY: doc
+doc: ## Build the API documentation; warnings are errors
+	RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps
+
+##### The machine
+
+.PHONY: deps
+deps: ## Install the system programs that lab and tests call (Debian, as root), or name them
+	tests/scripts/deps
+
+.PHONY: clean
+clean: ## Remove what was built in the checkout
+	cargo clean
+	rm -rf tests/fuzz/target tests/fuzz/artifacts tests/fuzz/coverage out
+
+.PHONY: clean-cache
+clean-cache: ## Remove the tools and test peers outside of the checkout
+	rm -rf $(CACHE)
+
+# Some minutes on two cores, once per version.
+$(CARGO_DENY) $(CARGO_FUZZ):
+	tool=$(notdir $@); root=$(patsubst %/bin/$(notdir $@),%,$@); \
+	echo "building $$tool $${root##*-}"; \
+	env -u CARGO_TARGET_DIR nice cargo install --quiet --locked --root $$root --version $${root##*-} $$tool

@@ -1,0 +1,123 @@
+//! The stories that `keystone-lab` tells. Each builds its network, plays, measures, and claims what must be so.
+
+mod bench_peers;
+mod curtain;
+mod home_and_cloud;
+mod join;
+mod joins;
+mod nats;
+mod outage;
+mod stage;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use clap::ValueEnum;
+use serde_json::{Value, json};
+
+use crate::mesh::Program;
+use crate::sandbox::Place;
+use crate::story::Story;
+use crate::{Wire, preflight};
+use stage::Stage;
+
+/// Distance of the pings that show that a tunnel is there, and how long it may take.
+const PING_EVERY: Duration = Duration::from_millis(20);
+const BENCH_PATIENCE: Duration = Duration::from_secs(20);
+
+/// Which story.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Scenario {
+    /// A control plane at home and three workers in clouds become one network; a link fails and heals
+    HomeAndCloud,
+    /// Many machines join, one after the other, each as if it had never been here; how long each takes
+    Joins,
+    /// Control plane and relay are gone for long; what was direct goes on, and a worker restarts meanwhile
+    Outage,
+    /// Throughput, CPU and memory of plain WireGuard peers side by side: ours, wireguard-go and boringtun-cli
+    BenchPeers,
+    /// The lab itself: each kind of NAT, and how a probe finds it; needs no keystone-mesh
+    Nats,
+}
+
+impl Scenario {
+    const fn needs_mesh(self) -> bool {
+        match self {
+            Self::HomeAndCloud | Self::Joins | Self::Outage | Self::BenchPeers => true,
+            Self::Nats => false,
+        }
+    }
+
+    /// The programs of the system that it calls.
+    pub fn tools(self) -> Vec<preflight::Tool> {
+        let peers: &[_] = if self == Self::BenchPeers { preflight::PEER_TOOLS } else { &[] };
+        [preflight::NETWORK_TOOLS, preflight::SCENARIO_TOOLS, peers].concat()
+    }
+}
+
+/// How to play it.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Print one JSON document at the end and nothing else.
+    pub json: bool,
+    /// Stay up when the story is over.
+    pub keep: bool,
+    /// Cables carry frames of at most the MTU.
+    pub ethernet: bool,
+    /// The program under test; None for the one beside this program.
+    pub mesh_bin: Option<PathBuf>,
+    /// How many machines join in each half of [`Scenario::Joins`].
+    pub joins: u32,
+    /// How long [`Scenario::Outage`] lasts.
+    pub outage: Duration,
+    /// Rounds of [`Scenario::BenchPeers`].
+    pub rounds: u32,
+    /// Seconds for each direction in [`Scenario::BenchPeers`].
+    pub seconds: u32,
+    /// Only the second half of [`Scenario::BenchPeers`].
+    pub idle: bool,
+}
+
+/// Plays `scenario` inside the sandbox. False if something that it shows is not so, which has then been said.
+pub fn play(scenario: Scenario, options: &Options, place: Place) -> Result<bool> {
+    preflight::check_nftables()?;
+    let program = if scenario.needs_mesh() {
+        preflight::check_tun()?;
+        Some(Program::find(options.mesh_bin.clone())?)
+    } else {
+        None
+    };
+    let start = Instant::now();
+    let mut story = Story::begin(!options.json);
+    let mut stage = Stage::new(if options.ethernet { Wire::Ethernet } else { Wire::Offloaded }, program)?;
+    let played = match scenario {
+        Scenario::HomeAndCloud => home_and_cloud::play(&mut stage, &mut story),
+        Scenario::Joins => joins::play(&mut stage, &mut story, options.joins),
+        Scenario::Outage => outage::play(&mut stage, &mut story, options.outage),
+        Scenario::BenchPeers => bench_peers::play(&mut stage, &mut story, options),
+        Scenario::Nats => nats::play(&mut stage, &mut story),
+    };
+    let (results, broken_off) = match played {
+        Ok(results) => (results, None),
+        Err(err) => (Value::Null, Some(err)),
+    };
+    let error = broken_off.or_else(|| story.verdict().err());
+    if let Some(err) = &error {
+        curtain::report_failure(&stage, err);
+    }
+    if options.json {
+        curtain::print_document(&json!({
+            "scenario": scenario.to_possible_value().map(|value| value.get_name().to_owned()),
+            "ok": error.is_none(),
+            "seconds": start.elapsed().as_secs_f64(),
+            "results": results,
+            "checks": story.checks(),
+            "error": error.as_ref().map(|err| format!("{err:#}")),
+        }))?;
+    }
+    if options.keep {
+        curtain::stay_up(&stage, place)?;
+    }
+    Ok(error.is_none())
+}

@@ -1,0 +1,153 @@
+//! `joins`: many machines join a home behind NAT, one after the other, each as if it had never been here: a fresh state, a
+//! fresh name, and a router that has forgotten it. Once from behind a router that lets a direct path come up, once from
+//! behind one that does not.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Result;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::join::Join;
+use super::stage::{ControlPlane, Stage};
+use crate::mesh::Route;
+use crate::story::{Story, millis};
+use crate::wait;
+use crate::{Host, Nat, Router, RouterSpec};
+
+/// Goals, from the start of the daemon, and for a direct path from the first reply.
+const REPLY_P50: Duration = Duration::from_millis(1000);
+const REPLY_P99: Duration = Duration::from_millis(3000);
+const DIRECT_P99: Duration = Duration::from_millis(2000);
+
+/// How long a machine that left may take to lose its TUN device.
+const GONE_PATIENCE: Duration = Duration::from_secs(5);
+
+pub(super) fn play(stage: &mut Stage, story: &mut Story, count: u32) -> Result<Value> {
+    story.chapter("A home behind a port-restricted router, a relay, and nobody else");
+    let plane = stage.founders()?.found(story)?;
+    let mut halves = Vec::new();
+    for (nat, hoped_for) in [(Nat::PortRestricted, Route::Direct), (Nat::Symmetric, Route::Relayed)] {
+        story.chapter(&format!("{count} machines join from behind a {nat} router"));
+        let short = if nat == Nat::Symmetric { "sym" } else { "pr" };
+        let spec = RouterSpec { nat, lan: "10.0.0.1/24".parse()?, ..RouterSpec::default() };
+        let (host, router) = stage.host_behind(&format!("worker-{short}"), &format!("cloud-{short}"), spec)?;
+        let mut joins = Vec::new();
+        for number in 1..=count {
+            let name = format!("{short}-{number}");
+            let join = join_and_leave(stage, &plane, (&host, &router), &name, hoped_for)?;
+            story.step(&join.tell());
+            joins.push(join);
+        }
+        halves.push((nat, hoped_for, joins));
+    }
+    story.chapter("From the start of the daemon");
+    let mut rows = vec![["router", "measure", "n", "p50", "p99", "max"].map(str::to_owned).to_vec()];
+    let mut results = serde_json::Map::new();
+    for (nat, hoped_for, joins) in &halves {
+        let replies = Spread::of(joins.iter().map(|join| join.first_reply_ms));
+        let directs = Spread::of(joins.iter().filter_map(|join| Some(join.direct_ms? - join.first_reply_ms)));
+        rows.push(replies.row(*nat, "first reply from home"));
+        if *hoped_for == Route::Direct {
+            rows.push(directs.row(*nat, "then direct after"));
+        }
+        results
+            .insert(nat.to_string(), json!({ "first_reply_ms": replies, "then_direct_ms": directs, "joins": joins }));
+    }
+    story.table(&rows);
+    for (nat, hoped_for, joins) in &halves {
+        claim(story, *nat, *hoped_for, joins);
+    }
+    Ok(Value::Object(results))
+}
+
+fn join_and_leave(
+    stage: &mut Stage,
+    plane: &ControlPlane,
+    (host, router): (&Host, &Router),
+    name: &str,
+    hoped_for: Route,
+) -> Result<Join> {
+    let token = plane.home.create_token(1)?;
+    let node = stage.install(host, name)?;
+    let join = Join::measure(&node, &token, plane.home_v4, hoped_for)?;
+    let interface = node.status()?.node.interface;
+    node.leave()?;
+    let what = format!("{interface} is gone after {name} left");
+    wait::until(&what, GONE_PATIENCE, Duration::from_millis(10), || Ok((!has_device(host, &interface)).then_some(())))?;
+    stage.uninstall(&Arc::clone(&node));
+    router.forget_mappings()?;
+    Ok(join)
+}
+
+fn has_device(host: &Host, name: &str) -> bool {
+    let wanted = format!("{name}:");
+    let devices = host.enter(|| std::fs::read_to_string("/proc/thread-self/net/dev").unwrap_or_default());
+    devices.lines().any(|line| line.trim_start().starts_with(&wanted))
+}
+
+fn claim(story: &mut Story, nat: Nat, hoped_for: Route, joins: &[Join]) {
+    let replies = Spread::of(joins.iter().map(|join| join.first_reply_ms));
+    let directs = Spread::of(joins.iter().filter_map(|join| Some(join.direct_ms? - join.first_reply_ms)));
+    let claims = [(replies.p50, REPLY_P50, "p50"), (replies.p99, REPLY_P99, "p99")];
+    for (value, goal, name) in claims {
+        let claim = format!("{nat}: {name} of the first reply is at most {}", millis(goal));
+        story.check(value <= goal.as_secs_f64() * 1e3, &claim, &format!("{value:.0} ms"));
+    }
+    match hoped_for {
+        Route::Direct => {
+            let claim = format!("{nat}: all become direct");
+            let direct = joins.iter().filter(|join| join.direct_ms.is_some()).count();
+            story.check(direct == joins.len(), &claim, &format!("{direct} of {}", joins.len()));
+            let claim = format!("{nat}: p99 of then becoming direct is at most {}", millis(DIRECT_P99));
+            story.check(directs.p99 <= DIRECT_P99.as_secs_f64() * 1e3, &claim, &format!("{:.0} ms", directs.p99));
+        }
+        Route::Relayed | Route::None | Route::Idle => {
+            let relayed = joins.iter().filter(|join| join.path == Route::Relayed).count();
+            story.check(
+                relayed == joins.len(),
+                &format!("{nat}: all go by the relay"),
+                &format!("{relayed} of {}", joins.len()),
+            );
+        }
+    }
+}
+
+/// How a number of measurements lie, in milliseconds; zero where there is none.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+struct Spread {
+    n: usize,
+    p50: f64,
+    p99: f64,
+    max: f64,
+}
+
+impl Spread {
+    fn of(values: impl Iterator<Item = f64>) -> Self {
+        let mut values: Vec<f64> = values.collect();
+        values.sort_by(f64::total_cmp);
+        // Nearest rank: the smallest value that so many of a hundred do not exceed.
+        let rank = |percent: usize| (values.len() * percent).div_ceil(100).saturating_sub(1);
+        let at = |index: usize| values.get(index).copied().unwrap_or_default();
+        Self { n: values.len(), p50: at(rank(50)), p99: at(rank(99)), max: values.last().copied().unwrap_or_default() }
+    }
+
+    fn row(self, nat: Nat, measure: &str) -> Vec<String> {
+        let numbers = [self.p50, self.p99, self.max].map(|value| format!("{value:.0} ms"));
+        [nat.to_string(), measure.to_owned(), self.n.to_string()].into_iter().chain(numbers).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_values_that_were_measured() {
+        let spread = Spread::of((1..=50).map(f64::from));
+        assert_eq!((spread.n, spread.p50, spread.p99, spread.max), (50, 25.0, 50.0, 50.0));
+        assert_eq!(Spread::of([7.0].into_iter()).p50, 7.0);
+        assert_eq!(Spread::of(std::iter::empty()).n, 0);
+    }
+}

@@ -1,0 +1,152 @@
+//! What the stories have in common: hosts with daemons, and the control plane with its relay.
+
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use crate::mesh::{Node, Program};
+use crate::story::{Story, millis};
+use crate::{Host, Router, RouterSpec, Wire, World};
+
+/// How long a daemon may take until it is ready.
+const START_PATIENCE: Duration = Duration::from_secs(10);
+
+/// The world and everybody in it.
+pub(super) struct Stage {
+    pub(super) world: World,
+    program: Option<Program>,
+    hosts: Vec<Host>,
+    nodes: Vec<Arc<Node>>,
+}
+
+/// A network's home and its relay.
+pub(super) struct ControlPlane {
+    pub(super) home: Arc<Node>,
+    pub(super) relay: Arc<Node>,
+    pub(super) home_v4: Ipv4Addr,
+    network: String,
+    relay_address: String,
+}
+
+impl Stage {
+    pub(super) fn new(wire: Wire, program: Option<Program>) -> Result<Self> {
+        Ok(Self { world: World::new(wire)?, program, hosts: Vec::new(), nodes: Vec::new() })
+    }
+
+    /// A public host.
+    pub(super) fn public_host(&mut self, name: &str) -> Result<Host> {
+        let host = self.world.public_host(name)?;
+        self.hosts.push(host.clone());
+        Ok(host)
+    }
+
+    /// A host alone behind a router of its own.
+    pub(super) fn host_behind(&mut self, name: &str, router: &str, spec: RouterSpec) -> Result<(Host, Router)> {
+        let router = self.world.router(router, spec)?;
+        let host = router.host(name)?;
+        self.hosts.push(host.clone());
+        Ok((host, router))
+    }
+
+    /// Two hosts with nothing but a cable between them.
+    pub(super) fn two_hosts(&mut self, names: [&str; 2]) -> Result<[Host; 2]> {
+        let hosts = self.world.two_hosts(names)?;
+        self.hosts.extend(hosts.iter().cloned());
+        Ok(hosts)
+    }
+
+    /// The program under test.
+    pub(super) fn program(&self) -> Result<&Program> {
+        self.program.as_ref().context("this story runs without keystone-mesh")
+    }
+
+    /// A fresh installation of the program on `host`.
+    pub(super) fn install(&mut self, host: &Host, name: &str) -> Result<Arc<Node>> {
+        let node = Arc::new(Node::new(self.program()?, host, name)?);
+        self.nodes.push(Arc::clone(&node));
+        Ok(node)
+    }
+
+    /// Forgets an installation whose daemon has ended.
+    pub(super) fn uninstall(&mut self, node: &Arc<Node>) {
+        self.nodes.retain(|known| !Arc::ptr_eq(known, node));
+    }
+
+    /// Every installation.
+    pub(super) fn nodes(&self) -> impl Iterator<Item = &Arc<Node>> {
+        self.nodes.iter()
+    }
+
+    /// The name of every host.
+    pub(super) fn host_names(&self) -> impl Iterator<Item = &str> {
+        self.hosts.iter().map(Host::name)
+    }
+
+    /// A machine at home behind a port-restricted router, and a public one for the relay; nothing runs there yet.
+    pub(super) fn founders(&mut self) -> Result<Founders> {
+        let (home, _router) = self.host_behind("home", "home-router", RouterSpec::default())?;
+        let relay = self.public_host("relay")?;
+        Ok(Founders { home: self.install(&home, "home")?, relay: self.install(&relay, "relay")? })
+    }
+
+    /// A table of all hosts and what stands before them.
+    pub(super) fn describe(&self) -> Vec<Vec<String>> {
+        let head = ["host", "address", "behind", "which is", "seen as"].map(str::to_owned).to_vec();
+        let row = |host: &Host| {
+            let router = host.router();
+            let behind = router.map_or("-", Router::name).to_owned();
+            let nat = router.map_or_else(|| "-".to_owned(), |router| router.nat().to_string());
+            vec![host.name().to_owned(), host.v4().to_string(), behind, nat, host.public_v4().to_string()]
+        };
+        [head].into_iter().chain(self.hosts.iter().map(row)).collect()
+    }
+}
+
+/// The machines on which a network begins.
+pub(super) struct Founders {
+    home: Arc<Node>,
+    relay: Arc<Node>,
+}
+
+impl Founders {
+    /// Makes a network and starts its control plane and its relay.
+    pub(super) fn found(self, story: &Story) -> Result<ControlPlane> {
+        let Self { home, relay } = self;
+        let network = home.init()?;
+        let relay_address = relay.relay_address(&network)?;
+        story.step(&format!("home makes the network {}", shortened(&network)));
+        let mut plane = ControlPlane { home, relay, home_v4: Ipv4Addr::UNSPECIFIED, network, relay_address };
+        let start = Instant::now();
+        plane.start()?;
+        plane.home_v4 = plane.home.mesh_v4()?;
+        story.step(&format!(
+            "home is {} in the mesh and connected to the relay {} after its start",
+            plane.home_v4,
+            millis(start.elapsed())
+        ));
+        Ok(plane)
+    }
+}
+
+impl ControlPlane {
+    /// Starts relay and home, and waits until home is connected to its relay.
+    pub(super) fn start(&self) -> Result<()> {
+        self.relay.start_relay(&self.network)?;
+        self.home.up(&["--relay", &self.relay_address])?;
+        self.home.wait_until("connected to its relay", START_PATIENCE, |status| status.has_relay())?;
+        Ok(())
+    }
+
+    /// SIGKILL to both.
+    pub(super) fn kill(&self) -> Result<()> {
+        self.home.kill()?;
+        self.relay.kill()
+    }
+}
+
+/// Enough of a key for a person to tell it from another.
+fn shortened(key: &str) -> String {
+    key.chars().take(8).chain(['…']).collect()
+}
