@@ -37,9 +37,16 @@ pub fn tcp_bits_per_second(client: &Host, address: IpAddr, seconds: u32) -> Resu
     let mut command = Command::new("iperf3");
     command.args(["--client", &address.to_string(), "--port", &PORT.to_string(), "--json"]);
     command.args(["--time", &seconds.to_string(), "--connect-timeout", &PATIENCE.as_millis().to_string()]);
-    let report = client.enter(|| command.env("PATH", crate::tool::search_path()).stdin(Stdio::null()).output());
-    let report = report.with_context(|| format!("start iperf3 on {}", client.name()))?;
-    let report: Value = serde_json::from_slice(&report.stdout).context("read iperf3's report")?;
+    command.env("PATH", crate::tool::search_path()).stdin(Stdio::null());
+    let what = format!("iperf3 on {} finds its server free", client.name());
+    let report = wait::until(&what, PATIENCE, Duration::from_millis(50), || {
+        let report = client.enter(|| command.output());
+        let report = report.with_context(|| format!("start iperf3 on {}", client.name()))?;
+        let report: Value = serde_json::from_slice(&report.stdout).context("read iperf3's report")?;
+        // The server takes one test at a time, and its client is done a moment before it.
+        let busy = report.get("error").and_then(Value::as_str).is_some_and(|error| error.contains("busy"));
+        Ok((!busy).then_some(report))
+    })?;
     let rate = report.pointer("/end/sum_received/bits_per_second").and_then(Value::as_f64);
     let error = report.get("error").and_then(Value::as_str).unwrap_or("its report has no rate");
     rate.with_context(|| format!("iperf3 from {} to {address}: {error}", client.name()))
