@@ -18,7 +18,7 @@ CARGO_FUZZ := $(CACHE)/cargo-fuzz-$(CARGO_FUZZ_VERSION)/bin/cargo-fuzz
 
 # Seconds for each fuzz target, and which ones (all, unless given).
 FUZZ_SECONDS ?= 600
-FUZZ_TARGETS ?= $$($(CARGO_FUZZ) list --fuzz-dir tests/fuzz)
+FUZZ_TARGETS ?=
 
 # More arguments for the program of a task: make lab ARGS='--keep', make bench ARGS='seal'.
 ARGS ?=
@@ -52,16 +52,10 @@ test-peers: ## Install wireguard-go and boringtun-cli, which the interoperabilit
 test-peers-path: ## Print the directory of `wireguard` (wireguard-go) and `boringtun-cli`
 	@tests/peers/install --path
 
-# Without AddressSanitizer, which needs a nightly compiler: the decoders have no unsafe code for it to watch.
+# cargo-fuzz instruments with a nightly compiler, which rustup brings where it is missing (tests/fuzz/rust-toolchain.toml).
 .PHONY: fuzz
 fuzz: $(CARGO_FUZZ) ## Fuzz each decoder of outside bytes for FUZZ_SECONDS (600); FUZZ_TARGETS='a b' for some
-	for target in $(FUZZ_TARGETS); do \
-	    found=$(CACHE)/fuzz/$$target; seeds=tests/fuzz/corpus/$$target; \
-	    mkdir -p $$found; [ -d $$seeds ] || seeds=; \
-	    echo "fuzzing $$target for $(FUZZ_SECONDS) s"; \
-	    $(CARGO_FUZZ) run --fuzz-dir tests/fuzz --sanitizer none $$target $$found $$seeds -- \
-	        -max_total_time=$(FUZZ_SECONDS) -timeout=10 $(ARGS); \
-	done
+	PATH=$(dir $(CARGO_FUZZ)):$$PATH tests/fuzz/run.sh $(FUZZ_SECONDS) $(FUZZ_TARGETS)
 
 ##### Measurements
 
