@@ -20,6 +20,8 @@ use crate::store::{Change, Store, StoreError};
 
 /// How long a client may take to say what it wants, and to take an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// The largest message that is read: a record is at most some 20 KiB, and whoever sends more is no node of ours yet.
+const MAX_QUESTION: usize = 64 << 10;
 /// Sessions at once: twice the largest mesh that is aimed at.
 const MAX_SESSIONS: usize = 10_000;
 
@@ -66,7 +68,7 @@ impl Gateway {
         caller: Caller,
     ) -> Result<(), StreamError> {
         let (mut input, mut output) = tokio::io::split(stream);
-        let first = frames::read_within::<ToGateway>(&mut input, MAX_FRAME, PATIENCE).await?;
+        let first = frames::read_within::<ToGateway>(&mut input, MAX_QUESTION, PATIENCE).await?;
         let name = match self.open(first, caller) {
             Ok((name, greeting)) => {
                 if let Some(greeting) = greeting {
@@ -86,7 +88,7 @@ impl Gateway {
         let (heard, mut messages) = mpsc::channel(1);
         let reading = tokio::spawn(async move {
             loop {
-                let message = frames::read::<ToGateway>(&mut input, MAX_FRAME).await;
+                let message = frames::read::<ToGateway>(&mut input, MAX_QUESTION).await;
                 let ended = message.is_err();
                 if heard.send(message).await.is_err() || ended {
                     break;
