@@ -112,7 +112,8 @@ impl Mesh {
             Some(_) => return,
             None => {
                 self.plain.insert(key, config.clone());
-                self.peers.insert(key, Peer::plain(name, config.clone(), endpoint));
+                let last = self.live.get(&key).copied();
+                self.peers.insert(key, Peer::plain(name, config.clone(), endpoint.or(last.flatten()), last.is_some()));
                 self.outputs.push_back(Output::Peers(vec![PeerOp::Set(config)]));
                 self.tell_kernel();
             }

@@ -46,9 +46,10 @@ impl Peer {
         Self::new(String::new(), config, Way::Agent(agent), called)
     }
 
-    /// A plain WireGuard peer; WireGuard itself calls it when a packet waits.
-    pub(super) fn plain(name: String, config: PeerConfig, endpoint: Option<SocketAddr>) -> Self {
-        Self::new(name, config, Way::Plain(PlainPath::new(endpoint)), false)
+    /// A plain WireGuard peer. `called`: it had a session before a restart, and may still use that; otherwise WireGuard
+    /// itself calls it when a packet waits.
+    pub(super) fn plain(name: String, config: PeerConfig, endpoint: Option<SocketAddr>, called: bool) -> Self {
+        Self::new(name, config, Way::Plain(PlainPath::new(endpoint)), called)
     }
 
     fn new(name: String, config: PeerConfig, way: Way, called: bool) -> Self {
@@ -95,12 +96,13 @@ impl Peer {
 
     /// Where the peer was last reached directly.
     pub(super) fn direct(&self) -> Option<SocketAddr> {
-        match &self.way {
-            Way::Agent(agent) => match agent.hint()? {
-                Via::Direct(addr) => Some(addr),
-                Via::Relay(_) => None,
-            },
-            Way::Plain(_) => None,
+        let via = match &self.way {
+            Way::Agent(agent) => agent.hint(),
+            Way::Plain(path) => path.status().via,
+        };
+        match via? {
+            Via::Direct(addr) => Some(addr),
+            Via::Relay(_) => None,
         }
     }
 

@@ -329,6 +329,41 @@ fn plain_peers_live_beside_members() {
 }
 
 #[test]
+fn after_a_restart_a_plain_peer_with_a_session_is_called_where_it_was() {
+    let now = Instant::now();
+    let plain = |byte: u8| PeerConfig {
+        key: key(byte),
+        identity: None,
+        preshared_key: None,
+        persistent_keepalive: None,
+        allowed_ips: vec![format!("10.99.0.{byte}/32").parse().unwrap()],
+    };
+    let before = || {
+        let mut node = Node::new(2, "worker-1");
+        node.mesh.handle_plain_peer("roamer".into(), plain(8), None, now);
+        node.mesh.handle_plain_peer("silent".into(), plain(9), Some("192.0.2.9:51820".parse().unwrap()), now);
+        node.drain(now);
+        node
+    };
+    let mut node = before();
+    assert!(node.handshakes.is_empty(), "nobody is called without reason");
+    let seen: SocketAddr = "198.51.100.8:40000".parse().unwrap();
+    node.mesh.handle_roamed(&key(8), Via::Direct(seen), now);
+    node.mesh.handle_session(&key(8));
+    node.drain(now);
+    let hints = node.mesh.hints();
+    assert_eq!(hints, [Hint { peer: key(8), direct: Some(seen) }]);
+
+    let mut again = Node::new(2, "worker-1");
+    again.mesh.handle_hints(hints);
+    again.mesh.handle_plain_peer("roamer".into(), plain(8), None, now);
+    again.mesh.handle_plain_peer("silent".into(), plain(9), Some("192.0.2.9:51820".parse().unwrap()), now);
+    again.drain(now);
+    assert_eq!(again.paths[&key(8)], Some(Via::Direct(seen)));
+    assert_eq!(again.handshakes, [key(8)]);
+}
+
+#[test]
 fn an_idle_node_of_a_large_mesh_does_nothing() {
     let now = Instant::now();
     let mut entries = everyone();

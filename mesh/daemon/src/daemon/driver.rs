@@ -389,7 +389,7 @@ impl Driver {
     }
 
     fn save(&self) {
-        let Some(saver) = self.saver.as_ref().filter(|_| self.start.membership.is_some()) else { return };
+        let Some(saver) = &self.saver else { return };
         let (_, entries) = self.mesh.known();
         let live = self.mesh.hints().into_iter().map(|hint| LivePeer { key: hint.peer, direct: hint.direct });
         saver.save(Snapshot {
