@@ -245,8 +245,9 @@ impl FromStr for NamePattern {
     fn from_str(text: &str) -> Result<Self, String> {
         let ok = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-.*?".contains(&b);
         if text.is_empty() || text.len() > 253 || !text.bytes().all(ok) {
+            let shown: String = text.chars().take(60).collect();
             return Err(format!(
-                "`{text}` is not a name pattern: use a-z, 0-9, `-`, `.`, `*` and `?`, as in `worker-*`"
+                "`{shown}` is not a name pattern: use a-z, 0-9, `-`, `.`, `*` and `?`, as in `worker-*`"
             ));
         }
         Ok(Self(text.to_owned()))
@@ -423,6 +424,8 @@ mod tests {
             );
         }
         assert!("Worker".parse::<NamePattern>().is_err());
+        let long = "X".repeat(10_000).parse::<NamePattern>().unwrap_err();
+        assert!(long.len() < 200, "a refusal repeats no more than it needs to");
     }
 
     #[test]
