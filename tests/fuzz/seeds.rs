@@ -56,7 +56,7 @@ fn datagrams() -> Result {
         ("ping", Message::Ping { wanted: true }, 300),
         ("pong", Message::Pong { seen: Some(addresses[1]) }, 0),
         ("pong-relayed", Message::Pong { seen: None }, 0),
-        ("punch", Message::Punch { addresses }, 0),
+        ("punch", Message::Punch { answer: true, addresses }, 0),
     ] {
         let probe = Probe { sender: KeyHint::of(&a.public_key()), txid: TxId([7; 12]), message };
         seed("probe", name, probe.encode(&key, len))?;

@@ -12,8 +12,8 @@ use libfuzzer_sys::fuzz_target;
 use sha2::Sha256;
 
 const MAC_LEN: usize = 16;
-/// Header, count, eight IPv6 addresses, MAC.
-const LONGEST: usize = 28 + 1 + MAX_PUNCH_ADDRESSES * 19 + MAC_LEN;
+/// Header, flags, count, eight IPv6 addresses, MAC.
+const LONGEST: usize = 28 + 2 + MAX_PUNCH_ADDRESSES * 19 + MAC_LEN;
 
 struct Keys {
     ours: ProbeKey,
@@ -44,7 +44,7 @@ fuzz_target!(|data: &[u8]| {
         Err(ProbeError::Body(_)) => return,
         Err(other) => panic!("an authentic probe of a good shape is refused: {other}"),
     };
-    if let Message::Punch { addresses } = &probe.message {
+    if let Message::Punch { addresses, .. } = &probe.message {
         assert!(addresses.len() <= MAX_PUNCH_ADDRESSES);
     }
     let len = u16::try_from(sealed.len()).unwrap_or(u16::MAX);
