@@ -49,6 +49,14 @@ pub enum PeerOp {
     Remove(PublicKey),
 }
 
+/// What a refusal shows of the text that it refuses: its beginning, without control characters. The text may come from
+/// anyone, and the refusal goes to a person's terminal.
+pub(crate) fn excerpt(text: &str) -> String {
+    /// Enough to recognise it.
+    const SHOWN: usize = 60;
+    text.chars().take(SHOWN).flat_map(char::escape_debug).collect()
+}
+
 macro_rules! drop_reasons {
     ($($(#[$doc:meta])* $name:ident = $label:literal,)*) => {
         /// Why a packet went no further. Each is counted under its label.
@@ -115,6 +123,12 @@ drop_reasons! {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_refusal_shows_little_and_nothing_that_moves_a_cursor() {
+        assert_eq!(excerpt("a\u{1b}[2Jb"), "a\\u{1b}[2Jb");
+        assert!(excerpt(&"\u{7f}".repeat(10_000)).len() < 1000);
+    }
 
     #[test]
     fn drop_labels_are_unique_and_snake_case() {

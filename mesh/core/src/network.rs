@@ -62,11 +62,12 @@ impl Network {
             .set("serial", self.serial)
     }
 
-    /// Signs the document with the network key.
-    pub fn sign(self, network: &Identity) -> SignedNetwork {
+    /// Signs the document with the network key, unless it is one that readers refuse: too many relays or gateways, or a
+    /// prefix that can be no mesh's.
+    pub fn sign(self, network: &Identity) -> Result<SignedNetwork, Malformed> {
         assert_eq!(self.id, network.id(), "only the network key signs its document");
         let signature = self.facts().sign(NETWORK_KIND, network);
-        SignedNetwork { network: self, signature }
+        SignedNetwork::from_map(&SignedNetwork { network: self, signature }.to_map())
     }
 }
 
@@ -175,12 +176,20 @@ pub(crate) mod tests {
 
     #[test]
     fn a_document_survives_json_and_refuses_changes() {
-        let signed = network(1).sign(&secret(1).identity());
+        let signed = network(1).sign(&secret(1).identity()).unwrap();
         let json = serde_json::to_string(&signed).unwrap();
         assert_eq!(serde_json::from_str::<SignedNetwork>(&json).unwrap(), signed);
         let mut map = signed.to_map();
         map.insert("ipv4".into(), "10.99.0.0/16".into());
         assert!(SignedNetwork::from_map(&map).is_err());
+    }
+
+    #[test]
+    fn a_document_that_nobody_would_read_is_not_signed() {
+        let mut crowded = network(1);
+        crowded.relays = vec![crowded.relays[0].clone(); 5];
+        let error = crowded.sign(&secret(1).identity()).unwrap_err().to_string();
+        assert!(error.contains("`relays`") && error.contains('4'), "{error}");
     }
 
     #[test]

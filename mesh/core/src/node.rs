@@ -13,6 +13,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::facts::{Facts, FieldError, Malformed, Reader, serde_as_facts};
+use crate::io::excerpt;
 use crate::key::{Identity, NodeId, PublicKey, Signature, serde_as_text};
 use crate::path::{Candidate, Nat};
 
@@ -56,7 +57,7 @@ impl FromStr for NodeName {
                 && !label.ends_with('-')
         };
         if text.len() > 253 || !text.split('.').all(label_ok) {
-            return Err(NameError(text.chars().take(60).collect()));
+            return Err(NameError(excerpt(text)));
         }
         Ok(Self(text.to_owned()))
     }

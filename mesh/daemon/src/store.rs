@@ -9,6 +9,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use ipnet::IpNet;
 use keystone_mesh_core::admission::{self, JoinRefusal, Known, PublishRefusal};
+use keystone_mesh_core::facts::Malformed;
 use keystone_mesh_core::network::{Network, SignedNetwork};
 use keystone_mesh_core::node::{Entry, NodeName, SignedApproval, SignedRecord};
 use keystone_mesh_core::token::{NamePattern, TokenId, TokenRecord, TokenSecret};
@@ -49,6 +50,9 @@ pub enum StoreError {
     /// The disk or the database refused.
     #[error("the registry cannot be written: {0}")]
     Write(String),
+    /// The network's document would be refused by its readers.
+    #[error("the network cannot be so: {0}")]
+    Network(#[from] Malformed),
     /// Not let in.
     #[error(transparent)]
     Join(#[from] JoinRefusal),
@@ -124,7 +128,7 @@ impl Store {
     pub fn create(path: &Path, identity: Identity, network: Network) -> Result<Self, StoreError> {
         let db =
             Database::create(path).map_err(|error| StoreError::Open { path: path.into(), why: error.to_string() })?;
-        let network = network.sign(&identity);
+        let network = network.sign(&identity)?;
         let write = db.begin_write().map_err(write_error)?;
         write.open_table(NODES).map_err(write_error)?;
         write.open_table(TOKENS).map_err(write_error)?;
@@ -178,7 +182,7 @@ impl Store {
             return Ok(());
         }
         network.serial += 1;
-        let network = network.sign(&self.identity);
+        let network = network.sign(&self.identity)?;
         self.write(|write| put(write, META, "network", &network))?;
         memory.network = network.clone();
         self.tell(Change::Network(Box::new(network)));

@@ -61,7 +61,7 @@ pub fn network(byte: u8) -> SignedNetwork {
         gateways: vec!["home.example.org:51840".parse().expect("a gateway")],
         serial: 1,
     };
-    network.sign(&identity(byte))
+    network.sign(&identity(byte)).expect("the sample is small")
 }
 
 /// A join token of that network.

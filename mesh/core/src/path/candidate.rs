@@ -6,6 +6,8 @@ use std::str::FromStr;
 
 use ipnet::IpNet;
 
+use crate::io::excerpt;
+
 /// Where an address came from. Ordered from the most to the least trustworthy guess of being the shortest way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum CandidateKind {
@@ -52,7 +54,7 @@ impl FromStr for Candidate {
     type Err = CandidateError;
 
     fn from_str(text: &str) -> Result<Self, CandidateError> {
-        let refused = || CandidateError(text.chars().take(80).collect());
+        let refused = || CandidateError(excerpt(text));
         let (kind, addr) = text.split_once(' ').ok_or_else(refused)?;
         let kind = match kind {
             "host" => CandidateKind::Host,

@@ -8,6 +8,7 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
+use crate::io::excerpt;
 use crate::key::{KeyError, NodeId, serde_as_text};
 
 /// Addresses that one relay may have.
@@ -64,7 +65,7 @@ impl FromStr for HostPort {
     type Err = AddressError;
 
     fn from_str(text: &str) -> Result<Self, AddressError> {
-        let refused = || AddressError::HostPort(text.chars().take(80).collect());
+        let refused = || AddressError::HostPort(excerpt(text));
         if let Ok(addr) = text.parse::<SocketAddr>() {
             return if addr.port() == 0 { Err(refused()) } else { Ok(addr.into()) };
         }
@@ -101,7 +102,7 @@ impl FromStr for RelayAddr {
     type Err = AddressError;
 
     fn from_str(text: &str) -> Result<Self, AddressError> {
-        let (key, addrs) = text.split_once('@').ok_or_else(|| AddressError::NoKey(text.chars().take(80).collect()))?;
+        let (key, addrs) = text.split_once('@').ok_or_else(|| AddressError::NoKey(excerpt(text)))?;
         let id = key.parse().map_err(AddressError::Key)?;
         let addrs = addrs.split(',').map(str::parse).collect::<Result<Vec<_>, _>>()?;
         if addrs.len() > MAX_ADDRESSES { Err(AddressError::TooMany(addrs.len())) } else { Ok(Self { id, addrs }) }

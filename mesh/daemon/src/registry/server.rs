@@ -227,6 +227,7 @@ fn refusal(error: &StoreError) -> Refusal {
         | StoreError::Empty
         | StoreError::Damaged { .. }
         | StoreError::Write(_)
+        | StoreError::Network(_)
         | StoreError::NoSuchToken(_) => {
             tracing::error!(%error, "the registry cannot answer");
             "registry-unavailable"
