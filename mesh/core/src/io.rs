@@ -57,13 +57,14 @@ pub(crate) fn excerpt(text: &str) -> String {
     text.chars().take(SHOWN).flat_map(char::escape_debug).collect()
 }
 
-macro_rules! drop_reasons {
-    ($($(#[$doc:meta])* $name:ident = $label:literal,)*) => {
-        /// Why a packet went no further. Each is counted under its label.
+/// An enum of reasons, each with the stable label under which it is counted.
+macro_rules! labelled {
+    ($(#[$about:meta])* $enum:ident { $($(#[$doc:meta])* $name:ident = $label:literal,)* }) => {
+        $(#[$about])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-        pub enum DropReason { $($(#[$doc])* $name,)* }
+        pub enum $enum { $($(#[$doc])* $name,)* }
 
-        impl DropReason {
+        impl $enum {
             /// Every reason, in order of declaration.
             pub const ALL: &[Self] = &[$(Self::$name,)*];
 
@@ -74,50 +75,54 @@ macro_rules! drop_reasons {
         }
     };
 }
+pub(crate) use labelled;
 
-drop_reasons! {
-    /// A packet from the TUN that is neither IPv4 nor IPv6, or shorter than its header says.
-    MalformedInner = "malformed_inner",
-    /// No peer's allowed IPs cover the destination.
-    NoRoute = "no_route",
-    /// The peer has no path yet.
-    NoPath = "no_path",
-    /// Waiting for a handshake, and the queue for that is full.
-    QueueFull = "queue_full",
-    /// A datagram that is no WireGuard message, QUIC packet or probe.
-    UnknownDatagram = "unknown_datagram",
-    /// A WireGuard message of a wrong length or type.
-    MalformedWireGuard = "malformed_wireguard",
-    /// A handshake from a key that is no peer of ours.
-    UnknownPeer = "unknown_peer",
-    /// A probe that nobody sent who may probe this node: unknown, not authentic, or answering nothing.
-    BadProbe = "bad_probe",
-    /// A data packet for a session that does not exist (any more).
-    UnknownSession = "unknown_session",
-    /// A handshake whose MAC1 is not made for our key.
-    BadMac = "bad_mac",
-    /// A handshake refused because it replays an older one.
-    ReplayedHandshake = "replayed_handshake",
-    /// A handshake that fails its cryptography.
-    BadHandshake = "bad_handshake",
-    /// A data packet whose counter was seen before or is too old.
-    ReplayedPacket = "replayed_packet",
-    /// A data packet that does not authenticate.
-    BadTag = "bad_tag",
-    /// Answered with a cookie instead of a handshake because of load.
-    UnderLoad = "under_load",
-    /// A decrypted packet whose source is not among the sender's allowed IPs.
-    SourceNotAllowed = "source_not_allowed",
-    /// The queue towards QUIC is full.
-    QuicQueueFull = "quic_queue_full",
-    /// The queue towards the control plane (probes) is full.
-    ControlQueueFull = "control_queue_full",
-    /// The queue towards a relay connection is full, or the relay is not connected.
-    RelayQueueFull = "relay_queue_full",
-    /// The kernel did not take a datagram (buffer full, unreachable, too large).
-    SendFailed = "send_failed",
-    /// The kernel did not take a packet written to the TUN.
-    TunWriteFailed = "tun_write_failed",
+labelled! {
+    /// Why a packet went no further. Each is counted under its label.
+    DropReason {
+        /// A packet from the TUN that is neither IPv4 nor IPv6, or shorter than its header says.
+        MalformedInner = "malformed_inner",
+        /// No peer's allowed IPs cover the destination.
+        NoRoute = "no_route",
+        /// The peer has no path yet.
+        NoPath = "no_path",
+        /// Waiting for a handshake, and the queue for that is full.
+        QueueFull = "queue_full",
+        /// A datagram that is no WireGuard message, QUIC packet or probe.
+        UnknownDatagram = "unknown_datagram",
+        /// A WireGuard message of a wrong length or type.
+        MalformedWireGuard = "malformed_wireguard",
+        /// A handshake from a key that is no peer of ours.
+        UnknownPeer = "unknown_peer",
+        /// A probe that nobody sent who may probe this node: unknown, not authentic, or answering nothing.
+        BadProbe = "bad_probe",
+        /// A data packet for a session that does not exist (any more).
+        UnknownSession = "unknown_session",
+        /// A handshake whose MAC1 is not made for our key.
+        BadMac = "bad_mac",
+        /// A handshake refused because it replays an older one.
+        ReplayedHandshake = "replayed_handshake",
+        /// A handshake that fails its cryptography.
+        BadHandshake = "bad_handshake",
+        /// A data packet whose counter was seen before or is too old.
+        ReplayedPacket = "replayed_packet",
+        /// A data packet that does not authenticate.
+        BadTag = "bad_tag",
+        /// Answered with a cookie instead of a handshake because of load.
+        UnderLoad = "under_load",
+        /// A decrypted packet whose source is not among the sender's allowed IPs.
+        SourceNotAllowed = "source_not_allowed",
+        /// The queue towards QUIC is full.
+        QuicQueueFull = "quic_queue_full",
+        /// The queue towards the control plane (probes) is full.
+        ControlQueueFull = "control_queue_full",
+        /// The queue towards a relay connection is full, or the relay is not connected.
+        RelayQueueFull = "relay_queue_full",
+        /// The kernel did not take a datagram (buffer full, unreachable, too large).
+        SendFailed = "send_failed",
+        /// The kernel did not take a packet written to the TUN.
+        TunWriteFailed = "tun_write_failed",
+    }
 }
 
 #[cfg(test)]

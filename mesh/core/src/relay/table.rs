@@ -6,39 +6,25 @@
 
 use std::collections::BTreeMap;
 
+use crate::io::labelled;
 use crate::key::NodeId;
 
-macro_rules! relay_drops {
-    ($($(#[$doc:meta])* $name:ident = $label:literal,)*) => {
-        /// Why a relay did not forward a datagram. Each is counted under its label.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-        pub enum RelayDrop { $($(#[$doc])* $name,)* }
-
-        impl RelayDrop {
-            /// Every reason, in order of declaration.
-            pub const ALL: &[Self] = &[$(Self::$name,)*];
-
-            /// The stable label in metrics and JSON.
-            pub fn label(self) -> &'static str {
-                match self { $(Self::$name => $label,)* }
-            }
-        }
-    };
-}
-
-relay_drops! {
-    /// Not a frame.
-    Malformed = "malformed",
-    /// The sender may not send datagrams: it is not approved, or asked for streams only.
-    NotAllowed = "not_allowed",
-    /// The sender used up its quota.
-    Quota = "quota",
-    /// The destination is not connected.
-    UnknownDestination = "unknown_destination",
-    /// The queue to the destination is full.
-    QueueFull = "queue_full",
-    /// The destination's connection takes no datagrams of a useful size.
-    Unsendable = "unsendable",
+labelled! {
+    /// Why a relay did not forward a datagram. Each is counted under its label.
+    RelayDrop {
+        /// Not a frame.
+        Malformed = "malformed",
+        /// The sender may not send datagrams: it is not approved, or asked for streams only.
+        NotAllowed = "not_allowed",
+        /// The sender used up its quota.
+        Quota = "quota",
+        /// The destination is not connected.
+        UnknownDestination = "unknown_destination",
+        /// The queue to the destination is full.
+        QueueFull = "queue_full",
+        /// The destination's connection takes no datagrams of a useful size.
+        Unsendable = "unsendable",
+    }
 }
 
 /// Tells connections with the same identity apart.
