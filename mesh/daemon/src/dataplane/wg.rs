@@ -242,3 +242,51 @@ fn reason(error: &WireGuardError, bad_crypto: DropReason) -> DropReason {
         | WireGuardError::WrongPacketType => DropReason::MalformedWireGuard,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    #[test]
+    fn under_load_an_initiator_proves_its_address_with_a_cookie() {
+        let (ours, theirs) = (PrivateKey::from_bytes([1; 32]), PrivateKey::from_bytes([2; 32]));
+        let (responder, initiator) = (Engine::new(&ours), Engine::new(&theirs));
+        let (here, elsewhere) = (Some("192.0.2.1".parse().unwrap()), Some("192.0.2.2".parse().unwrap()));
+        let refused = Err(Refusal::Cookie(COOKIE_REPLY_LEN));
+        let [mut plain, mut proven, mut cookie] = [[0; INITIATION_LEN]; 3];
+
+        // The count starts afresh each second, so the whole is tried until it fits between two such moments.
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let mut tunnel = initiator.tunnel(&ours.public_key(), None, PeerIndex::from_wire([0, 1, 0, 0]));
+            assert_eq!(tunnel.initiate(&mut plain, true), Some(INITIATION_LEN));
+            while responder.admit(here, &plain, &mut cookie) != refused {
+                assert!(Instant::now() < deadline, "a flood goes unnoticed");
+            }
+            assert_eq!(tunnel.handshake(&cookie[..COOKIE_REPLY_LEN], &mut [0; INITIATION_LEN]), Ok(None));
+            assert_eq!(tunnel.initiate(&mut proven, true), Some(INITIATION_LEN));
+            let answer = |from, message: &[u8]| responder.admit(from, message, &mut [0; INITIATION_LEN]);
+            let with_cookie = answer(here, &proven);
+            let without = [answer(here, &plain), answer(elsewhere, &proven), answer(None, &proven)];
+            if without == [refused, refused, Err(Refusal::Drop(DropReason::UnderLoad))] {
+                assert_eq!(with_cookie, Ok(()));
+                break;
+            }
+            assert!(Instant::now() < deadline, "a cookie is not asked for");
+        }
+    }
+
+    #[test]
+    fn without_load_nobody_is_asked_for_a_cookie() {
+        let (ours, theirs) = (PrivateKey::from_bytes([1; 32]), PrivateKey::from_bytes([2; 32]));
+        let (responder, initiator) = (Engine::new(&ours), Engine::new(&theirs));
+        let mut tunnel = initiator.tunnel(&ours.public_key(), None, PeerIndex::from_wire([0, 1, 0, 0]));
+        let mut message = [0; INITIATION_LEN];
+        assert_eq!(tunnel.initiate(&mut message, true), Some(INITIATION_LEN));
+        for _ in 0..1000 {
+            assert_eq!(responder.admit(None, &message, &mut [0; INITIATION_LEN]), Ok(()));
+        }
+    }
+}
