@@ -17,7 +17,7 @@ mod report;
 mod saver;
 mod uplink;
 
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
@@ -33,12 +33,12 @@ use crate::config::{Config, OnStop, Places};
 use crate::control::{self, Answer};
 use crate::dataplane::{self, DataPlane, RelaySink};
 use crate::join::{refuse_other_network, relays_of};
+use crate::lifeline::Watch;
 use crate::member;
 use crate::preflight;
 use crate::quic::endpoint::{EndpointLimits, QuicEndpoint};
 use crate::signals::Stop;
 use crate::state::{Membership, Snapshot, StateDir};
-use crate::store::Store;
 use crate::tun::{Tun, TunConfig};
 use crate::udp::{UdpConfig, UdpSocket};
 
@@ -76,18 +76,13 @@ struct Local {
 }
 
 /// What only one can have, and tasks of QUIC hold a moment longer than the daemon's driver.
-struct Held {
-    port: Weak<dyn quinn::AsyncUdpSocket>,
-    store: Option<Weak<Store>>,
-}
+struct Held(Vec<Watch>);
 
 impl Held {
     /// Waits until port and registry can be opened again; not for ever, because opening them says it better.
     async fn released(self) {
-        let free =
-            || self.port.strong_count() == 0 && self.store.as_ref().is_none_or(|store| store.strong_count() == 0);
         let deadline = Instant::now() + RELEASE_PATIENCE;
-        while !free() && Instant::now() < deadline {
+        while !self.0.iter().all(Watch::gone) && Instant::now() < deadline {
             tokio::time::sleep(RELEASE_POLL).await;
         }
     }
@@ -149,9 +144,11 @@ async fn run_once(places: &Places, config: Config, token: Option<Token>, stop: &
     let key = config.private_key.clone().unwrap_or_else(|| start.secret.wireguard(0));
     let (events_in, events) = mpsc::channel(EVENTS);
     let relay_sink = Arc::new(uplink::LateRelays::default());
-    let (plane, port, tun_claim) = open_plane(&config, &key, relay_sink.clone(), events_in)?;
+    let (sockets, port) = open_sockets(&config)?;
+    let held =
+        Held(sockets.iter().map(|socket| socket.watch_end()).chain(store.as_ref().map(|s| s.watch_end())).collect());
+    let (plane, tun_claim) = open_plane(&config, &key, sockets, relay_sink.clone(), events_in)?;
     let plane = Arc::new(plane);
-    let held = Held { port: Arc::downgrade(&plane.quic_socket()), store: store.as_ref().map(Arc::downgrade) };
     let endpoint = QuicEndpoint::new(plane.quic_socket(), start.secret.identity(), EndpointLimits::default())
         .context("cannot start QUIC")?;
     let uplink = Uplink::start(&start, &config, store, endpoint, &plane)?;
@@ -226,12 +223,8 @@ fn prepare(places: &Places, config: &Config, token: Option<Token>) -> anyhow::Re
     Ok(Start { state: Arc::new(state), secret, membership, snapshot: snapshot.unwrap_or_default(), token, name })
 }
 
-fn open_plane(
-    config: &Config,
-    key: &keystone_mesh_core::PrivateKey,
-    relay_sink: Arc<dyn RelaySink>,
-    events: mpsc::Sender<dataplane::DataEvent>,
-) -> anyhow::Result<(DataPlane, u16, crate::tun::TunClaim)> {
+/// One socket per shard, all on one port.
+fn open_sockets(config: &Config) -> anyhow::Result<(Vec<Arc<UdpSocket>>, u16)> {
     let mut sockets = Vec::with_capacity(config.shards.into());
     let mut port = config.listen_port;
     for _ in 0..config.shards {
@@ -241,12 +234,22 @@ fn open_plane(
         port = socket.local_addr().port();
         sockets.push(Arc::new(socket));
     }
-    // After the port, which may be in use: the interface outlives a failed start.
+    Ok((sockets, port))
+}
+
+/// The interface and the data plane; after the port, which may be in use: the interface outlives a failed start.
+fn open_plane(
+    config: &Config,
+    key: &keystone_mesh_core::PrivateKey,
+    sockets: Vec<Arc<UdpSocket>>,
+    relay_sink: Arc<dyn RelaySink>,
+    events: mpsc::Sender<dataplane::DataEvent>,
+) -> anyhow::Result<(DataPlane, crate::tun::TunClaim)> {
     let tun = Tun::open(&TunConfig { name: config.interface.clone(), queues: config.shards.into(), persistent: true })?;
     let (queues, claim) = tun.into_queues();
     let private_key = key.clone();
     let plane = DataPlane::start(dataplane::Config { tun: queues, sockets, private_key, relay: relay_sink, events })?;
-    Ok((plane, port, claim))
+    Ok((plane, claim))
 }
 
 fn own(start: &Start, config: &Config, key: keystone_mesh_core::PrivateKey) -> anyhow::Result<Own> {

@@ -17,6 +17,8 @@ use keystone_mesh_core::{Identity, NodeId};
 use redb::{Database, ReadableDatabase as _, ReadableTable as _, TableDefinition};
 use tokio::sync::broadcast;
 
+use crate::lifeline::{Lifeline, Watch};
+
 const NODES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("nodes");
 const TOKENS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("tokens");
 const RELEASED: TableDefinition<'_, u32, u64> = TableDefinition::new("released");
@@ -121,6 +123,7 @@ pub struct Store {
     identity: Identity,
     memory: Mutex<Memory>,
     changes: broadcast::Sender<Change>,
+    lifeline: Lifeline,
 }
 
 impl Store {
@@ -149,7 +152,13 @@ impl Store {
             return Err(StoreError::Open { path: path.into(), why });
         }
         let (path, db) = (path.to_owned(), Mutex::new(Some(db)));
-        Ok(Self { path, db, identity, memory: Mutex::new(memory), changes: broadcast::channel(CHANGES).0 })
+        let (changes, _) = broadcast::channel(CHANGES);
+        Ok(Self { path, db, identity, memory: Mutex::new(memory), changes, lifeline: Lifeline::default() })
+    }
+
+    /// Watches for the moment when the file can be opened again.
+    pub fn watch_end(&self) -> Watch {
+        self.lifeline.watch()
     }
 
     /// Everything, and the changes from then on, without a gap.

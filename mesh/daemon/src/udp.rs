@@ -23,6 +23,8 @@ use nix::sys::socket::{setsockopt, sockopt};
 use quinn_udp::{RecvMeta, Transmit, UdpSocketState};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::lifeline::{Lifeline, Watch};
+
 /// The first byte of every probe.
 pub const PROBE_FIRST_BYTE: u8 = 0x05;
 
@@ -99,6 +101,7 @@ pub struct UdpSocket {
     socket: std::net::UdpSocket,
     state: UdpSocketState,
     local: SocketAddr,
+    lifeline: Lifeline,
 }
 
 impl UdpSocket {
@@ -112,12 +115,17 @@ impl UdpSocket {
         let io = |action| move |source| BindError::Io { port: config.port, action, source };
         let state = UdpSocketState::new((&socket).into()).map_err(io("setting options"))?;
         let local = socket.local_addr().map_err(io("reading its address"))?;
-        Ok(Self { socket, state, local })
+        Ok(Self { socket, state, local, lifeline: Lifeline::default() })
     }
 
     /// The address as the kernel has it: `[::]:PORT` on a dual-stack socket.
     pub fn local_addr(&self) -> SocketAddr {
         self.local
+    }
+
+    /// Watches for the moment when the port is free again.
+    pub fn watch_end(&self) -> Watch {
+        self.lifeline.watch()
     }
 
     /// How many datagrams of one size one send takes; 1 where there is no segmentation offload.
