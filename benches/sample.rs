@@ -71,6 +71,9 @@ pub fn approval(n: u32) -> SignedApproval {
         identity: secret(n).identity().id(),
         addresses: vec![address(n), IpNet::new(format!("fd00:98::{n:x}").parse().expect("IPv6"), 128).expect("128")],
         routes: vec![pods(n)],
+        endpoints: vec![],
+        relays: vec![],
+        location: None,
         serial: 1,
     };
     approval.sign(&network_key())

@@ -227,6 +227,9 @@ fn grant(known: Known<'_>, record: &NodeRecord, now: u64) -> Result<Grant, JoinR
         identity: record.identity,
         addresses,
         routes: record.routes.clone(),
+        endpoints: before.map(|approval| approval.endpoints.clone()).unwrap_or_default(),
+        relays: before.map(|approval| approval.relays.clone()).unwrap_or_default(),
+        location: before.and_then(|approval| approval.location.clone()),
         serial: before.map_or(1, |approval| approval.serial + 1),
     };
     Ok(Grant { approval, spends_use: before.is_none(), host })

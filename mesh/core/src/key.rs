@@ -96,6 +96,16 @@ impl fmt::Debug for Secret {
 pub struct Identity(SigningKey);
 
 impl Identity {
+    /// Takes the 32-byte private seed of RFC 8032, as [`Identity::seed`] gave it.
+    pub fn from_seed(seed: &[u8; 32]) -> Self {
+        Self(SigningKey::from_bytes(seed))
+    }
+
+    /// The private seed: for the one place beside the node's state where a network key may be, the controller's Secret.
+    pub fn seed(&self) -> zeroize::Zeroizing<[u8; 32]> {
+        zeroize::Zeroizing::new(self.0.to_bytes())
+    }
+
     /// The public half.
     pub fn id(&self) -> NodeId {
         NodeId(self.0.verifying_key().to_bytes())

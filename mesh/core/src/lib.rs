@@ -14,6 +14,10 @@
 //! | [`network`] | the network's own document: CIDRs, relays, gateways |
 //! | [`token`] | join tokens: encoding, life, uses, name patterns |
 //! | [`admission`] | whether a join is accepted, and what it is granted: addresses, routes |
+//! | [`annotations`] | how records and approvals stand on Kubernetes objects |
+//! | [`directory`] | what is known of every node when objects come, change, break and go |
+//! | [`ledger`] | who holds which address, and for how long nobody else gets it |
+//! | [`plain_peer`] | machines with stock WireGuard that a node serves |
 //! | [`throttle`] | how long a source that keeps failing has to wait |
 //! | [`plan`] | records and approvals to peers, allowed IPs, addresses and routes: one desired value, and its diff |
 //! | [`kernel`] | links, addresses, routes and rules: the diff from the present state to the desired one |
@@ -28,16 +32,20 @@
 
 pub mod admission;
 pub mod allowed_ips;
+pub mod annotations;
 pub mod backoff;
+pub mod directory;
 pub mod facts;
 pub mod gateway;
 pub mod io;
 pub mod kernel;
 pub mod key;
+pub mod ledger;
 pub mod mesh;
 pub mod network;
 pub mod node;
 pub mod path;
+pub mod plain_peer;
 pub mod plan;
 pub mod probe;
 pub mod relay;

@@ -16,6 +16,7 @@ use crate::facts::{Facts, FieldError, Malformed, Reader, serde_as_facts};
 use crate::io::excerpt;
 use crate::key::{Identity, NodeId, PublicKey, Signature, serde_as_text};
 use crate::path::{Candidate, Nat};
+use crate::relay::address::HostPort;
 
 const RECORD_KIND: &str = "record 1";
 const APPROVAL_KIND: &str = "approval 1";
@@ -24,6 +25,8 @@ const APPROVAL_KIND: &str = "approval 1";
 pub const MAX_ENDPOINTS: usize = 16;
 /// Most relays in a record.
 pub const MAX_RELAYS: usize = 4;
+/// Most forced endpoints in an approval.
+pub const MAX_FORCED: usize = 4;
 /// Most routes in a record or approval.
 pub const MAX_ROUTES: usize = 64;
 
@@ -176,6 +179,52 @@ impl SignedRecord {
     }
 }
 
+/// Where a node stands, as people name it: `eu-west-1/eu-west-1a`, `home`. At most 63 characters a-z, 0-9, `-`, `.`, `/`.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Location(String);
+
+/// Why a location was refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "`{0}` is not a location: 1 to 63 characters a-z, 0-9, `-`, `.` and `/`, beginning and ending with a letter or digit"
+)]
+pub struct LocationError(String);
+
+impl Location {
+    /// The text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for Location {
+    type Err = LocationError;
+
+    fn from_str(text: &str) -> Result<Self, LocationError> {
+        let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'.' | b'/');
+        let edge = |b: Option<u8>| b.is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+        let ends_well = edge(text.bytes().next()) && edge(text.bytes().last());
+        if text.len() > 63 || !ends_well || !text.bytes().all(allowed) {
+            return Err(LocationError(excerpt(text)));
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+impl fmt::Display for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+impl fmt::Debug for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+serde_as_text!(Location);
+
 /// What a node is allowed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Approval {
@@ -189,6 +238,12 @@ pub struct Approval {
     pub addresses: Vec<IpNet>,
     /// Networks that are routed to the node.
     pub routes: Vec<IpNet>,
+    /// Where people say that the node is reached; tried like the node's own endpoints. At most [`MAX_FORCED`].
+    pub endpoints: Vec<HostPort>,
+    /// The relays that people tell the node to listen on; empty: those that it chooses. At most [`MAX_RELAYS`].
+    pub relays: Vec<NodeId>,
+    /// Where people say that the node stands.
+    pub location: Option<Location>,
     /// Grows with every change of this node's approval.
     pub serial: u64,
 }
@@ -201,7 +256,15 @@ impl Approval {
             .set("approved", self.identity)
             .set_list("addresses", &self.addresses)
             .set_list("routes", &self.routes)
+            .set_list("approved-endpoints", &self.endpoints)
+            .set_list("approved-relays", &self.relays)
+            .set("approved-location", self.location.as_ref().map(Location::as_str).unwrap_or_default())
             .set("approval-serial", self.serial)
+    }
+
+    /// Whether this takes back what was approved: an approval without an address.
+    pub fn is_revoked(&self) -> bool {
+        self.addresses.is_empty()
     }
 
     /// Signs the approval with the network key.
@@ -238,6 +301,9 @@ impl SignedApproval {
         let identity = reader.required("approved");
         let addresses: Vec<IpNet> = reader.list("addresses", 8);
         let routes = reader.list("routes", MAX_ROUTES);
+        let endpoints = reader.list("approved-endpoints", MAX_FORCED);
+        let relays = reader.list("approved-relays", MAX_RELAYS);
+        let location = reader.optional("approved-location");
         let serial = reader.required("approval-serial");
         let signature = reader.required("approval-signature");
         if addresses.iter().any(|net| net.prefix_len() != net.max_prefix_len()) {
@@ -247,8 +313,17 @@ impl SignedApproval {
             });
         }
         let signed = (|| {
-            let approval =
-                Approval { network: network?, name: name?, identity: identity?, addresses, routes, serial: serial? };
+            let approval = Approval {
+                network: network?,
+                name: name?,
+                identity: identity?,
+                addresses,
+                routes,
+                endpoints,
+                relays,
+                location,
+                serial: serial?,
+            };
             Some(Self { approval, signature: signature? })
         })();
         if let Some(Self { approval, signature }) = &signed
@@ -282,7 +357,10 @@ impl Entry {
     pub fn approved(&self, network: NodeId) -> Option<&Approval> {
         let record = self.record.get();
         self.approval.as_ref().map(SignedApproval::get).filter(|approval| {
-            approval.network == network && approval.identity == record.identity && approval.name == record.name
+            approval.network == network
+                && approval.identity == record.identity
+                && approval.name == record.name
+                && !approval.is_revoked()
         })
     }
 }
@@ -316,6 +394,9 @@ pub(crate) mod tests {
             identity: secret(byte).identity().id(),
             addresses: vec![address.parse().unwrap()],
             routes: routes.iter().map(|route| route.parse().unwrap()).collect(),
+            endpoints: vec![],
+            relays: vec![],
+            location: None,
             serial: 1,
         };
         Entry {
