@@ -1,1 +1,9 @@
 //! The controller of a Keystone Mesh.
+//!
+//! [`view`] is what the cluster looks like, each object parsed once; [`decide`] is what to do about it, a pure function
+//! of the view and the time. Everything else drives: it feeds the view from watches and carries out the actions.
+
+#![forbid(unsafe_code)]
+
+pub mod decide;
+pub mod view;
