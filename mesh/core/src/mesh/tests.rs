@@ -21,6 +21,7 @@ struct Node {
     routes: Vec<IpNet>,
     addresses: Vec<IpNet>,
     relays: Vec<RelayAddr>,
+    names: BTreeSet<HostPort>,
     published: Vec<NodeRecord>,
     sent: Vec<(Option<NodeId>, Via, Vec<u8>)>,
     saves: usize,
@@ -47,6 +48,7 @@ impl Node {
             routes: vec![],
             addresses: vec![],
             relays: vec![],
+            names: BTreeSet::new(),
             published: vec![],
             sent: vec![],
             saves: 0,
@@ -73,6 +75,7 @@ impl Node {
                 }
                 Output::Kernel { addresses, routes } => (self.addresses, self.routes) = (addresses, routes),
                 Output::Relays(relays) => self.relays = relays,
+                Output::Names(names) => self.names = names,
                 Output::SetPath { peer, via } => {
                     assert!(self.peers.contains_key(&peer), "a path for a peer that the data plane does not have");
                     self.paths.insert(peer, via);
@@ -112,7 +115,7 @@ fn key(byte: u8) -> PublicKey {
 
 fn worker(now: Instant) -> Node {
     let mut node = Node::new(2, "worker-1");
-    node.mesh.handle_snapshot(network(1), everyone(), now);
+    node.mesh.handle_snapshot(network(1), everyone(), [], now);
     node.drain(now);
     node
 }
@@ -179,7 +182,7 @@ fn the_control_plane_is_called_at_once_and_others_on_demand() {
 fn two_nodes_become_direct_by_themselves() {
     let now = Instant::now();
     let (mut home, mut node) = (Node::new(1, "home"), worker(now));
-    home.mesh.handle_snapshot(network(1), everyone(), now);
+    home.mesh.handle_snapshot(network(1), everyone(), [], now);
     let addresses: [(u8, SocketAddr); 2] =
         [(1, "192.0.2.7:51840".parse().unwrap()), (2, "198.51.100.9:51840".parse().unwrap())];
     for (node, (_, addr)) in [&mut home, &mut node].into_iter().zip(addresses) {
@@ -198,7 +201,7 @@ fn after_a_restart_every_peer_with_a_session_is_called() {
     let mut node = Node::new(2, "worker-1");
     let direct = "192.0.2.33:51840".parse().unwrap();
     node.mesh.handle_hints([Hint { peer: key(3), direct: Some(direct) }]);
-    node.mesh.handle_snapshot(network(1), everyone(), now);
+    node.mesh.handle_snapshot(network(1), everyone(), [], now);
     node.drain(now);
     assert!(node.sent.iter().any(|(_, via, _)| *via == Via::Direct(direct)), "its last address is asked first");
     node.mesh.handle_relay(relay(), true, now);
@@ -237,7 +240,7 @@ fn an_older_record_does_not_undo_a_newer_one() {
     node.mesh.handle_entry(newer, now);
     node.mesh.handle_entry(entry(1, 3, "worker-2", "10.98.0.3/32", &[]), now);
     node.drain(now);
-    let (_, mut known) = node.mesh.known();
+    let (_, mut known, _) = node.mesh.known();
     assert!(known.any(|entry| entry.record.get().seq == 5));
 }
 
@@ -319,7 +322,7 @@ fn plain_peers_live_beside_members() {
     node.drain(now);
     assert_eq!(node.paths[&key(9)], Some(Via::Direct(endpoint)));
     assert_eq!(node.routes.len(), 4);
-    node.mesh.handle_snapshot(network(1), everyone(), now);
+    node.mesh.handle_snapshot(network(1), everyone(), [], now);
     node.drain(now);
     assert!(node.peers.contains_key(&key(9)), "a change of the network does not touch it");
     let roamed = Via::Direct("192.0.2.100:1".parse().unwrap());
@@ -374,7 +377,7 @@ fn an_idle_node_of_a_large_mesh_does_nothing() {
         }
     }
     let mut node = Node::new(1, "home");
-    node.mesh.handle_snapshot(network(1), entries, now);
+    node.mesh.handle_snapshot(network(1), entries, [], now);
     node.mesh.handle_relay(relay(), true, now);
     assert_eq!(node.drain(now), None, "no timer runs");
     assert!(node.sent.is_empty());
