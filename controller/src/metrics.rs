@@ -164,7 +164,11 @@ impl Metrics {
             &self.api_errors,
         );
         table.gauge("leader", "1 on the replica that leads", &self.leader);
-        table.counter("report_polls", "Questions to reporting nodes by result: ok, timeout, refused or malformed", &self.polls);
+        table.counter(
+            "report_polls",
+            "Questions to reporting nodes by result: ok, timeout, refused or malformed",
+            &self.polls,
+        );
         table.gauge("last_report_timestamp_seconds", "When a reporting node last answered", &self.last_report);
         table.rows
     }
