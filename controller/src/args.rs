@@ -19,7 +19,13 @@ const POD_NAMESPACE: &str = "/var/run/secrets/kubernetes.io/serviceaccount/names
 
 /// Approves the nodes of a Keystone Mesh, gives out addresses and cleans up
 #[derive(Parser, Debug)]
-#[command(name = "keystone-controller", version, disable_help_subcommand = true, max_term_width = 110)]
+#[command(
+    name = "keystone-controller",
+    version,
+    args_conflicts_with_subcommands = true,
+    disable_help_subcommand = true,
+    max_term_width = 110
+)]
 pub struct Cli {
     /// What to do; without one, run
     #[command(subcommand)]

@@ -5,9 +5,12 @@
 //! written is handed to at most [`IN_FLIGHT`](crate::queue::IN_FLIGHT) concurrent writes. A replica that does not lead
 //! keeps its view warm and decides nothing.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
@@ -17,10 +20,10 @@ use crate::events::Recorder;
 use crate::http::Health;
 use crate::index::Index;
 use crate::lease::Leadership;
-use crate::metrics::{ActionLabels, ErrorLabels, Metrics, State};
+use crate::metrics::{self, ActionLabels, ErrorLabels, Metrics, State};
 use crate::queue::{Outcome, Part, Queue};
 use crate::view::{Kind, Now, Report, Reporter};
-use crate::watch::{Object, Update};
+use crate::watch::Update;
 
 /// A change waits so long for others that come with it.
 const GATHER: Duration = Duration::from_millis(5);
@@ -129,10 +132,41 @@ impl Driver {
     fn handle_updates(&mut self, first: Update) {
         let mut next = Some(first);
         while let Some(update) = next {
+            let kind = update.kind;
             if self.wiring.index.handle_update(update, now()) {
                 self.mark();
+                if kind == Kind::Network {
+                    self.say_network();
+                }
             }
             next = self.wiring.updates.try_recv().ok();
+        }
+    }
+
+    /// Without the network's document nothing is decided, so its faults are worth a line.
+    fn say_network(&self) {
+        let view = self.wiring.index.view();
+        if let Some(network) = view.network() {
+            tracing::info!(network = %network.id, ipv4 = %network.ipv4, ipv6 = %network.ipv6, "the network's document is known");
+            return;
+        }
+        let faults: Vec<String> = view
+            .faults()
+            .filter(|(kind, _, _)| *kind == Kind::Network)
+            .flat_map(|(_, _, faults)| faults.iter().map(ToString::to_string))
+            .collect();
+        if faults.is_empty() {
+            tracing::warn!(
+                config_map = keystone_mesh_api::NETWORK_CONFIG_MAP,
+                "there is no network document yet; the daemon on the control-plane host writes it, with `registry = \
+                 \"kubernetes\"`"
+            );
+        } else {
+            tracing::error!(
+                config_map = keystone_mesh_api::NETWORK_CONFIG_MAP, network_key = %view.network_id(),
+                "the network's document does not count: {}; is the Secret with the network key of this network?",
+                faults.join("; ")
+            );
         }
     }
 
@@ -202,16 +236,12 @@ impl Driver {
             return None;
         }
         let gathered = self.dirty.map(|since| since + GATHER);
-        let wanted = [gathered, self.again_at, self.queue.rested_at(now)].into_iter().flatten().min();
+        let wanted = [gathered, self.again_at, self.queue.rested_at()].into_iter().flatten().min();
         wanted.map(|at| at.max(self.not_before))
     }
 
     fn decide_when_due(&mut self) {
         let began = Instant::now();
-        let rested = self.queue.take_rested(began);
-        if rested {
-            self.mark();
-        }
         if self.decision_due(began).is_none_or(|due| began < due) {
             return;
         }
@@ -248,13 +278,25 @@ impl Driver {
 
     fn show(&self, gauges: &Gauges) {
         let metrics = &self.wiring.metrics;
-        let set = |family: &prometheus_client::metrics::family::Family<State, _>, states: &std::collections::BTreeMap<&'static str, u64>| {
-            let _: &prometheus_client::metrics::family::Family<State, prometheus_client::metrics::gauge::Gauge> = family;
-            for (state, count) in states {
-                family.get_or_create(&State::of(state)).set(*count as i64);
-            }
-        };
-        set(&metrics.nodes, &gauges.machines);
+        show_states(&metrics.nodes, &gauges.machines);
+        show_states(&metrics.ready_nodes, &gauges.ready);
+        show_states(&metrics.peers, &gauges.peers);
+        show_states(&metrics.join_tokens, &gauges.tokens);
+        let free = gauges.addresses_total.saturating_sub(gauges.addresses_held);
+        show_states(&metrics.addresses, &[("held", gauges.addresses_held), ("free", free)].into());
+        metrics.refused_routes.set(gauges.routes_refused as i64);
+        metrics.faulty_objects.clear();
+        for (resource, count) in &gauges.faults {
+            metrics.faulty_objects.get_or_create(&metrics::Resource::of(resource)).set(*count as i64);
+        }
+    }
+}
+
+/// States that are not told of any longer are taken away.
+fn show_states(family: &Family<State, Gauge>, states: &BTreeMap<&'static str, u64>) {
+    family.clear();
+    for (state, count) in states {
+        family.get_or_create(&State::of(state)).set(*count as i64);
     }
 }
 

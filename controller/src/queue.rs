@@ -96,22 +96,27 @@ pub struct Queue {
     waiting: VecDeque<Action>,
     busy: BTreeSet<Part>,
     resting: BTreeMap<Part, Rest>,
+    /// When the first of the parts that rested at the last decision has done so.
+    rested_at: Option<Instant>,
 }
 
 impl Queue {
     /// A decision was made: it replaces what waited.
     pub fn handle_decision(&mut self, actions: Vec<Action>, now: Instant) {
         let mut wanted = BTreeSet::new();
-        self.waiting.clear();
+        self.clear();
         for action in actions {
             let part = Part::of(&action.effect);
-            let rests = self.resting.get(&part).is_some_and(|rest| now < rest.until);
-            if wanted.insert(part.clone()) && !rests && !self.busy.contains(&part) {
-                self.waiting.push_back(action);
+            if self.busy.contains(&part) || !wanted.insert(part.clone()) {
+                continue;
+            }
+            match self.resting.get(&part).map(|rest| rest.until).filter(|until| now < *until) {
+                Some(until) => self.rested_at = Some(self.rested_at.map_or(until, |first| first.min(until))),
+                None => self.waiting.push_back(action),
             }
         }
         // What nobody wants any longer is forgiven.
-        self.resting.retain(|part, rest| now < rest.until || wanted.contains(part));
+        self.resting.retain(|part, rest| now < rest.until || wanted.contains(part) || self.busy.contains(part));
     }
 
     /// The next write to send, which is under way from here on.
@@ -139,11 +144,12 @@ impl Queue {
     /// Nothing that waits is to be sent.
     pub fn clear(&mut self) {
         self.waiting.clear();
+        self.rested_at = None;
     }
 
-    /// When the next part has rested, so that it is time to decide again.
-    pub fn rested_at(&self, now: Instant) -> Option<Instant> {
-        self.resting.values().map(|rest| rest.until).filter(|until| now < *until).min()
+    /// When something that is wanted has rested, so that it is time to decide again.
+    pub fn rested_at(&self) -> Option<Instant> {
+        self.rested_at
     }
 
     /// Writes that wait for their turn.
@@ -213,7 +219,7 @@ mod tests {
             queue.handle_outcome(&part(0), Outcome::Failed, now);
             queue.handle_decision(vec![page(0, "")], now);
             assert_eq!(queue.next(), None, "it rests");
-            let until = queue.rested_at(now).unwrap();
+            let until = queue.rested_at().unwrap();
             pauses.push(until - now);
             now = until;
         }
@@ -222,7 +228,8 @@ mod tests {
         queue.handle_decision(vec![page(0, "")], now);
         assert!(queue.next().is_some());
         queue.handle_outcome(&part(0), Outcome::Done, now);
-        assert_eq!(queue.rested_at(now), None);
+        queue.handle_decision(vec![], now);
+        assert_eq!(queue.rested_at(), None);
     }
 
     #[test]
