@@ -41,7 +41,11 @@ pub enum Command {
     /// Run the controller, until SIGTERM
     Run(RunArgs),
     /// Print the CustomResourceDefinitions, for `kubectl apply --server-side -f -`
-    Crds,
+    Crds {
+        /// Write them into this directory, a file each, instead
+        #[arg(long, value_name = "DIRECTORY")]
+        directory: Option<PathBuf>,
+    },
 }
 
 /// Flags of `run`.

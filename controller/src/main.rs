@@ -1,6 +1,7 @@
 //! The program `keystone-controller`. See the library.
 
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -15,7 +16,8 @@ const THREADS: usize = 2;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
-        Some(Command::Crds) => print_crds(),
+        Some(Command::Crds { directory: Some(directory) }) => write_crds(&directory),
+        Some(Command::Crds { directory: None }) => print_crds(),
         Some(Command::Run(args)) => start(args),
         None => start(cli.run),
     };
@@ -32,6 +34,14 @@ fn print_crds() -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     for definition in crds::all() {
         write!(out, "---\n{}", crds::yaml(&definition)?)?;
+    }
+    Ok(())
+}
+
+fn write_crds(directory: &Path) -> anyhow::Result<()> {
+    for definition in crds::all() {
+        let path = directory.join(crds::file_name(&definition));
+        std::fs::write(&path, crds::yaml(&definition)?).with_context(|| format!("write {}", path.display()))?;
     }
     Ok(())
 }

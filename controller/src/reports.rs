@@ -245,7 +245,7 @@ mod tests {
         }
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_reporter_that_hangs_is_given_up() {
         let port = server(vec![], true).await;
         assert_eq!(label(&ask_within_time(&reporter("home"), port).await), "timeout");
