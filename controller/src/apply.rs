@@ -88,7 +88,9 @@ impl Applier {
                 let metadata = json!({"annotations": statement.sign(&self.key).to_annotations()});
                 self.apply_to::<Peer>(&target, json!({"metadata": metadata}), peer).await
             }
-            Effect::MemberStatus { target, status } => self.apply_status::<Member>(&target, json!(status), member).await,
+            Effect::MemberStatus { target, status } => {
+                self.apply_status::<Member>(&target, json!(status), member).await
+            }
             Effect::PeerStatus { target, status } => self.apply_status::<Peer>(&target, json!(status), peer).await,
             Effect::TokenStatus { name, resource_version, status } => {
                 // Lists that are empty are left out of a status, and a merge would keep what stood there.
@@ -100,7 +102,8 @@ impl Applier {
             }
             Effect::NodeConditions { target, conditions } => {
                 let patch = json!({"metadata": {"uid": target.uid}, "status": {"conditions": conditions}});
-                let patched = self.nodes().patch_status(target.name.as_str(), &ours(), &Patch::Strategic(patch)).await?;
+                let patched =
+                    self.nodes().patch_status(target.name.as_str(), &ours(), &Patch::Strategic(patch)).await?;
                 Ok(Some(node(patched)))
             }
             Effect::NodeTaints { target, seen, wanted } => {

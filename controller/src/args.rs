@@ -106,13 +106,19 @@ pub struct RunArgs {
     )]
     pub report_interval: u64,
 
-    /// Where to serve /metrics, /healthz and /readyz
+    /// Seconds after which a watch is resumed; one that is silent for longer is opened again
     #[arg(
         long,
-        env = "KEYSTONE_CONTROLLER_METRICS_LISTEN",
-        default_value = "[::]:51843",
-        value_name = "ADDRESS:PORT"
+        env = "KEYSTONE_CONTROLLER_WATCH_LIFE",
+        default_value_t = 60,
+        value_parser = clap::value_parser!(u32).range(1..=300),
+        value_name = "SECONDS",
+        hide = true
     )]
+    pub watch_life: u32,
+
+    /// Where to serve /metrics, /healthz and /readyz
+    #[arg(long, env = "KEYSTONE_CONTROLLER_METRICS_LISTEN", default_value = "[::]:51843", value_name = "ADDRESS:PORT")]
     pub metrics_listen: SocketAddr,
     /// What is logged, to standard error: error, warn, info, debug, trace, or as in `info,keystone_controller=debug`
     #[arg(long, env = "KEYSTONE_CONTROLLER_LOG", default_value = "info", value_name = "FILTER")]
@@ -221,7 +227,8 @@ mod tests {
 
     #[test]
     fn flags_become_settings() {
-        let settings = run(&["--approval", "auto", "--allowed-routes", "10.1.0.0/16,fd00::/64", "--node-init"]).settings();
+        let settings =
+            run(&["--approval", "auto", "--allowed-routes", "10.1.0.0/16,fd00::/64", "--node-init"]).settings();
         assert_eq!(settings.policy, Policy::Auto);
         assert_eq!(settings.allowed_routes.len(), 2);
         assert!(settings.node_init && settings.startup_taint);

@@ -90,7 +90,8 @@ async fn publish(client: Client, instance: String, mut events: mpsc::Receiver<Ev
 
 fn digest(event: &Event) -> u64 {
     let mut hasher = DefaultHasher::new();
-    (std::mem::discriminant(&event.regarding), &event.name, &event.uid, event.warning, event.reason, &event.note).hash(&mut hasher);
+    (std::mem::discriminant(&event.regarding), &event.name, &event.uid, event.warning, event.reason, &event.note)
+        .hash(&mut hasher);
     hasher.finish()
 }
 

@@ -37,12 +37,7 @@ struct Known {
 impl Index {
     /// An empty view.
     pub fn new(network: NodeId, settings: Settings, metrics: Metrics) -> Self {
-        Self {
-            view: ClusterView::new(network, settings),
-            known: BTreeMap::new(),
-            listing: BTreeMap::new(),
-            metrics,
-        }
+        Self { view: ClusterView::new(network, settings), known: BTreeMap::new(), listing: BTreeMap::new(), metrics }
     }
 
     /// What is known.
@@ -62,7 +57,12 @@ impl Index {
             Change::Deleted { name } => self.handle_deleted(kind, &name, now),
             Change::Listed => self.handle_listed(kind, now),
             Change::Malformed { name, why } => {
-                tracing::warn!(resource = kind.label(), name, why, "an object does not read and is left as it was known");
+                tracing::warn!(
+                    resource = kind.label(),
+                    name,
+                    why,
+                    "an object does not read and is left as it was known"
+                );
                 self.metrics.malformed.get_or_create(&metrics::Resource::of(kind.label())).inc();
                 // It exists: that it does not read is no reason to think it gone.
                 if let Some(listing) = self.listing.get_mut(&kind) {
@@ -115,7 +115,8 @@ impl Index {
         {
             // A list is the truth even where its versions run backwards, as after a restored backup; an answer of ours
             // may be younger than a list that was under way.
-            let older = if listing { known.answered && new.version < known.version } else { new.version < known.version };
+            let older =
+                if listing { known.answered && new.version < known.version } else { new.version < known.version };
             if older || new.version == known.version {
                 return false;
             }

@@ -158,11 +158,7 @@ impl Metrics {
         table.gauge("nodes", "Nodes and members by what became of their approval", &self.nodes);
         table.gauge("ready_nodes", "Nodes by their condition MeshReady: true, false or unknown", &self.ready_nodes);
         table.gauge("peers", "Plain WireGuard peers by readiness: true or false", &self.peers);
-        table.gauge(
-            "join_tokens",
-            "Join tokens by state: usable, expired, used-up or revoked",
-            &self.join_tokens,
-        );
+        table.gauge("join_tokens", "Join tokens by state: usable, expired, used-up or revoked", &self.join_tokens);
         table.gauge("addresses", "IPv4 mesh addresses by state: held or free", &self.addresses);
         table.gauge("refused_routes", "Routes that were asked for and are not given", &self.refused_routes);
         table.gauge(

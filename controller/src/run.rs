@@ -51,7 +51,7 @@ pub async fn run(args: RunArgs) -> anyhow::Result<()> {
     let (give_back, given_back) = watch::channel(false);
 
     let index = Index::new(key.id(), args.settings(), metrics.clone());
-    let (_watching, updates) = watches::start(&client, &namespace, &metrics);
+    let (_watching, updates) = watches::start(&client, &namespace, args.watch_life, &metrics);
     let (reporters, named) = watch::channel(Vec::new());
     let (report, reported) = mpsc::channel(REPORTS);
     let driver = Driver::new(Wiring {
@@ -70,8 +70,7 @@ pub async fn run(args: RunArgs) -> anyhow::Result<()> {
 
     // Order at the end: no write is sent any longer, and only then the lease is given back.
     let (asking, serving) = (tokio::spawn(asking), tokio::spawn(http::serve(args.metrics_listen, registry, health)));
-    let mut electing =
-        tokio::spawn(async move { lease::run(leases, LEADER_LEASE, me, &leadership, given_back).await });
+    let mut electing = tokio::spawn(async move { lease::run(leases, LEADER_LEASE, me, &leadership, given_back).await });
     let mut driving = tokio::spawn(driver.run(stopped));
     let mut ended = None;
     tokio::select! {

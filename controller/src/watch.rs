@@ -1,7 +1,8 @@
 //! The watches: one task per kind of object, whose changes all go into one bounded channel.
 //!
 //! kube's watcher lists in pages, then watches with bookmarks, and lists again after a 410. Here is added what it leaves
-//! to its user: a watch that goes silent is opened again (every watch is asked to end by itself after [`WATCH_LIFE`]),
+//! to its user: a watch that goes silent is opened again (every watch is asked to end by itself after `life`, and one that
+//! says nothing for 5 s more, not even that, is dead),
 //! errors are paused over, an object that does not read is told and skipped, and after errors in a row the whole list
 //! is read afresh, since an API server that came back from a backup has versions that the old ones say nothing about.
 
@@ -24,9 +25,6 @@ use crate::metrics::{self, ErrorLabels, Metrics};
 use crate::slim::SlimNode;
 use crate::view::{CloudKind, Kind};
 
-/// The API server ends a watch after so long, and it is resumed where it was. One that says nothing for 5 s more, not
-/// even that, is dead.
-const WATCH_LIFE: Duration = Duration::from_secs(60);
 /// Objects per page of a list: some 15 KB each, as Nodes are, make 3 MB.
 const PAGE_SIZE: u32 = 200;
 /// After so many errors in a row nothing is resumed, everything is listed.
@@ -87,11 +85,11 @@ pub struct Update {
     pub change: Change,
 }
 
-/// Starts every watch. They end when the returned set is dropped.
-pub fn start(client: &Client, namespace: &str, metrics: &Metrics) -> (JoinSet<()>, mpsc::Receiver<Update>) {
+/// Starts every watch; the API server ends each after `life` seconds, and it is resumed where it was. They all end when the returned set is dropped.
+pub fn start(client: &Client, namespace: &str, life: u32, metrics: &Metrics) -> (JoinSet<()>, mpsc::Receiver<Update>) {
     let (updates, receiver) = mpsc::channel(CHANNEL);
     let mut tasks = JoinSet::new();
-    let all = Config::default();
+    let all = Config::default().timeout(life).page_size(PAGE_SIZE);
     let watch = |kind| Watch { kind, updates: updates.clone(), metrics: metrics.clone() };
 
     let nodes = Api::<SlimNode>::all(client.clone());
@@ -105,11 +103,11 @@ pub fn start(client: &Client, namespace: &str, metrics: &Metrics) -> (JoinSet<()
     let maps = Api::<ConfigMap>::namespaced(client.clone(), namespace);
     let ledger = all.clone().labels(LEDGER_LABEL);
     tasks.spawn(watch(Kind::LedgerPage).run(maps.clone(), ledger, |map| Ok(Object::Page(Box::new(map)))));
-    let network = all.fields(&format!("metadata.name={NETWORK_CONFIG_MAP}"));
+    let network = all.clone().fields(&format!("metadata.name={NETWORK_CONFIG_MAP}"));
     tasks.spawn(watch(Kind::Network).run(maps, network, |map| Ok(Object::Network(Box::new(map)))));
 
-    tasks.spawn(optional(client.clone(), watch(Kind::NodeClaim), CloudKind::NodeClaim));
-    tasks.spawn(optional(client.clone(), watch(Kind::Machine), CloudKind::Machine));
+    tasks.spawn(optional(client.clone(), watch(Kind::NodeClaim), all.clone(), CloudKind::NodeClaim));
+    tasks.spawn(optional(client.clone(), watch(Kind::Machine), all, CloudKind::Machine));
     (tasks, receiver)
 }
 
@@ -118,7 +116,7 @@ fn unguard<K>(DeserializeGuard(read): DeserializeGuard<K>) -> Result<K, String> 
 }
 
 /// Watches NodeClaims or Machines while the API server has the resource; a cluster without is the usual one.
-async fn optional(client: Client, watch: Watch, cloud: CloudKind) {
+async fn optional(client: Client, watch: Watch, config: Config, cloud: CloudKind) {
     let (group, kind) = match cloud {
         CloudKind::NodeClaim => ("karpenter.sh", "NodeClaim"),
         CloudKind::Machine => ("cluster.x-k8s.io", "Machine"),
@@ -129,7 +127,7 @@ async fn optional(client: Client, watch: Watch, cloud: CloudKind) {
                 tracing::info!(resource = %format!("{}.{}", resource.plural, resource.group), "watching machines of an autoscaler");
                 let api = Api::<DynamicObject>::all_with(client.clone(), &resource);
                 let read = move |object| Ok(Object::Claim(cloud, Box::new(object)));
-                watch.clone().run(api, Config::default(), read).await;
+                watch.clone().run(api, config.clone(), read).await;
             }
             Ok(None) => {}
             Err(error) => tracing::debug!(%error, group, "could not ask which resources the API server has"),
@@ -162,7 +160,6 @@ impl Watch {
     where
         K: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
     {
-        let config = config.timeout(WATCH_LIFE.as_secs() as u32).page_size(PAGE_SIZE);
         let mut backoff = Backoff::new(seed());
         let named = |object: &K| key_of(self.kind, object.meta());
         loop {

@@ -21,9 +21,12 @@ fn a_node_is_approved_and_its_address_given_back_when_it_goes() {
         let approvals = world.until_approved(&machines, PATIENCE)?;
         let approval = &approvals[machine.name()];
         assert_eq!((approval.identity, approval.addresses.len()), (machine.id(), 2));
-        assert!(approval.addresses.iter().all(|address| {
-            world.network.prefixes().iter().any(|prefix| prefix.contains(address))
-        }));
+        assert!(
+            approval
+                .addresses
+                .iter()
+                .all(|address| { world.network.prefixes().iter().any(|prefix| prefix.contains(address)) })
+        );
 
         let node = world.with_client(async |client| Ok(Api::<Node>::all(client).get(machine.name()).await?))?;
         let taints = node.spec.unwrap().taints.unwrap_or_default();

@@ -27,25 +27,25 @@ use kube::{Client, ResourceExt};
 use serde_json::json;
 
 /// Everything here happens in far less on a machine that is not busy.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// How often a condition is looked at.
-pub const POLL: Duration = Duration::from_millis(50);
+pub(crate) const POLL: Duration = Duration::from_millis(50);
 /// Writes of a test under way at once.
 const PARALLEL: usize = 16;
 
 /// The API server with CRDs, namespace and the network's document.
-pub struct World<'a> {
+pub(crate) struct World<'a> {
     /// The API server.
-    pub server: &'a mut ApiServer,
+    pub(crate) server: &'a mut ApiServer,
     /// The network key.
-    pub key: Identity,
+    pub(crate) key: Identity,
     /// The network's document.
-    pub network: Network,
+    pub(crate) network: Network,
     folder: PathBuf,
 }
 
 /// Runs a test in a world of its own. `name` is the test's path.
-pub fn in_world(name: &str, test: impl FnOnce(World<'_>) -> Result<()>) {
+pub(crate) fn in_world(name: &str, test: impl FnOnce(World<'_>) -> Result<()>) {
     with_api_server(name, Options::default(), |server| test(World::new(server)?));
 }
 
@@ -81,17 +81,17 @@ impl<'a> World<'a> {
     }
 
     /// Does something with a client that may do everything.
-    pub fn with_client<R: Send>(&self, work: impl AsyncFnOnce(Client) -> Result<R> + Send) -> Result<R> {
+    pub(crate) fn with_client<R: Send>(&self, work: impl AsyncFnOnce(Client) -> Result<R> + Send) -> Result<R> {
         self.server.with_client(self.server.admin(), work)
     }
 
     /// Starts a controller. Its metrics are at this port of the loopback.
-    pub fn controller(&self, name: &str, port: u16, flags: &[&str]) -> Result<Controller> {
+    pub(crate) fn controller(&self, name: &str, port: u16, flags: &[&str]) -> Result<Controller> {
         self.controller_as(self.server.admin(), name, port, flags)
     }
 
     /// Starts a controller that comes with this credential.
-    pub fn controller_as(&self, access: &Access, name: &str, port: u16, flags: &[&str]) -> Result<Controller> {
+    pub(crate) fn controller_as(&self, access: &Access, name: &str, port: u16, flags: &[&str]) -> Result<Controller> {
         let kubeconfig = self.folder.join(format!("{name}.kubeconfig"));
         access.write_kubeconfig(&kubeconfig)?;
         let log = self.folder.join(format!("{name}.log"));
@@ -104,7 +104,7 @@ impl<'a> World<'a> {
     }
 
     /// Waits for a condition that a client can see.
-    pub fn until<R: Send>(
+    pub(crate) fn until<R: Send>(
         &self,
         what: &str,
         patience: Duration,
@@ -114,7 +114,7 @@ impl<'a> World<'a> {
     }
 
     /// What the nodes' annotations allow, each verified against the network key.
-    pub async fn approvals(&self, client: &Client) -> Result<BTreeMap<String, Approval>> {
+    pub(crate) async fn approvals(&self, client: &Client) -> Result<BTreeMap<String, Approval>> {
         let mut approvals = BTreeMap::new();
         for node in Api::<Node>::all(client.clone()).list_metadata(&ListParams::default()).await? {
             let name: NodeName = node.name_any().parse()?;
@@ -127,7 +127,7 @@ impl<'a> World<'a> {
     }
 
     /// The ledger as it stands.
-    pub async fn ledger(&self, client: &Client) -> Result<Ledger> {
+    pub(crate) async fn ledger(&self, client: &Client) -> Result<Ledger> {
         let mut ledger = Ledger::default();
         let pages = Api::<ConfigMap>::namespaced(client.clone(), NAMESPACE);
         for page in pages.list(&ListParams::default().labels(LEDGER_LABEL)).await? {
@@ -140,7 +140,11 @@ impl<'a> World<'a> {
 
     /// Whether exactly these machines are approved, each with the address that the ledger holds for it, and no address
     /// twice. None while something is missing; an error where something can never be right any more.
-    pub async fn approved(&self, client: &Client, machines: &[Machine]) -> Result<Option<BTreeMap<String, Approval>>> {
+    pub(crate) async fn approved(
+        &self,
+        client: &Client,
+        machines: &[Machine],
+    ) -> Result<Option<BTreeMap<String, Approval>>> {
         let ledger = self.ledger(client).await?;
         let approvals = self.approvals(client).await?;
         let mut addresses = BTreeSet::new();
@@ -158,14 +162,18 @@ impl<'a> World<'a> {
     }
 
     /// Waits until exactly these machines are approved.
-    pub fn until_approved(&self, machines: &[Machine], patience: Duration) -> Result<BTreeMap<String, Approval>> {
+    pub(crate) fn until_approved(
+        &self,
+        machines: &[Machine],
+        patience: Duration,
+    ) -> Result<BTreeMap<String, Approval>> {
         let what = format!("{} machines are approved", machines.len());
         self.until(&what, patience, async |client| self.approved(client, machines).await)
     }
 }
 
 /// Waits for a condition.
-pub async fn until<R>(
+pub(crate) async fn until<R>(
     what: &str,
     patience: Duration,
     condition: impl AsyncFn() -> Result<Option<R>>,
@@ -184,14 +192,14 @@ pub async fn until<R>(
 
 /// A machine: an identity and what it says of itself.
 #[derive(Clone, Debug)]
-pub struct Machine {
+pub(crate) struct Machine {
     identity: Identity,
     record: NodeRecord,
 }
 
 impl Machine {
     /// The machine `PREFIX-NUMBER`.
-    pub fn new(prefix: &str, number: u16) -> Self {
+    pub(crate) fn new(prefix: &str, number: u16) -> Self {
         let mut secret = [9; 32];
         secret[..2].copy_from_slice(&number.to_be_bytes());
         prefix.bytes().zip(&mut secret[2..]).for_each(|(byte, place)| *place = byte);
@@ -210,27 +218,27 @@ impl Machine {
     }
 
     /// So many of them.
-    pub fn many(prefix: &str, count: u16) -> Vec<Self> {
+    pub(crate) fn many(prefix: &str, count: u16) -> Vec<Self> {
         (0..count).map(|number| Self::new(prefix, number)).collect()
     }
 
     /// Its node name.
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         self.record.name.as_str()
     }
 
     /// Its identity.
-    pub fn id(&self) -> NodeId {
+    pub(crate) fn id(&self) -> NodeId {
         self.identity.id()
     }
 
     /// Its signed record.
-    pub fn record(&self) -> SignedRecord {
+    pub(crate) fn record(&self) -> SignedRecord {
         self.record.clone().sign(&self.identity)
     }
 
     /// The Node as a kubelet and a daemon would have made it.
-    pub fn node(&self) -> Node {
+    pub(crate) fn node(&self) -> Node {
         let node = json!({
             "metadata": {"name": self.name(), "annotations": annotations::of_record(&self.record())},
             "spec": {"taints": [{"key": "someone.else/starting", "effect": "NoSchedule"}]},
@@ -239,7 +247,7 @@ impl Machine {
     }
 
     /// Says something else from here on, and publishes it as the daemon does.
-    pub async fn publish(&mut self, client: &Client) -> Result<()> {
+    pub(crate) async fn publish(&mut self, client: &Client) -> Result<()> {
         self.record.seq += 1;
         let patch = json!({
             "apiVersion": "v1", "kind": "Node",
@@ -252,7 +260,7 @@ impl Machine {
 }
 
 /// Creates the Nodes of many machines at once.
-pub async fn create(client: &Client, machines: &[Machine]) -> Result<()> {
+pub(crate) async fn create(client: &Client, machines: &[Machine]) -> Result<()> {
     let nodes = Api::<Node>::all(client.clone());
     stream::iter(machines)
         .map(|machine| {
@@ -266,7 +274,7 @@ pub async fn create(client: &Client, machines: &[Machine]) -> Result<()> {
 }
 
 /// Deletes the Nodes of many machines at once.
-pub async fn delete(client: &Client, machines: &[Machine]) -> Result<()> {
+pub(crate) async fn delete(client: &Client, machines: &[Machine]) -> Result<()> {
     let nodes = Api::<Node>::all(client.clone());
     stream::iter(machines)
         .map(|machine| {
@@ -280,49 +288,49 @@ pub async fn delete(client: &Client, machines: &[Machine]) -> Result<()> {
 }
 
 /// A controller's process.
-pub struct Controller {
+pub(crate) struct Controller {
     /// Its name.
-    pub name: String,
+    pub(crate) name: String,
     /// Itself.
-    pub process: Process,
+    pub(crate) process: Process,
     log: PathBuf,
     port: u16,
 }
 
 impl Controller {
     /// Resident memory in KiB.
-    pub fn memory(&self) -> Result<u64> {
+    pub(crate) fn memory(&self) -> Result<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.process.id()))?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
         Ok(line.trim().trim_end_matches(" kB").trim().parse()?)
     }
 
     /// CPU time used, in clock ticks of a hundredth of a second.
-    pub fn cpu(&self) -> Result<u64> {
+    pub(crate) fn cpu(&self) -> Result<u64> {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.process.id()))?;
         let fields: Vec<&str> = stat.rsplit_once(')').context("stat")?.1.split_whitespace().collect();
         Ok(fields[11].parse::<u64>()? + fields[12].parse::<u64>()?)
     }
 
     /// Everything that it logged.
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
     /// Waits until it leads.
-    pub fn until_leading(&self, patience: Duration) -> Result<()> {
+    pub(crate) fn until_leading(&self, patience: Duration) -> Result<()> {
         self.until_logged("this replica leads", patience)
     }
 
     /// Waits until a line was logged.
-    pub fn until_logged(&self, text: &str, patience: Duration) -> Result<()> {
+    pub(crate) fn until_logged(&self, text: &str, patience: Duration) -> Result<()> {
         let what = format!("{} logs `{text}`", self.name);
         wait::until(&what, patience, POLL, || Ok(self.log().contains(text).then_some(())))
             .with_context(|| self.process.log_tail(40))
     }
 
     /// The value of a metric, summed over its labels; none where nothing answers.
-    pub fn metric(&self, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
+    pub(crate) fn metric(&self, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
         let mut stream = std::net::TcpStream::connect(("127.0.0.1", self.port)).ok()?;
         let mut text = String::new();
         use std::io::{Read, Write};
