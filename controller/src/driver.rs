@@ -264,7 +264,7 @@ impl Driver {
     }
 
     fn send(&mut self) {
-        while let Some(action) = self.queue.next() {
+        while let Some(action) = self.queue.take_next() {
             let applier = self.wiring.applier.clone();
             self.writes.spawn(async move {
                 let began = Instant::now();

@@ -193,3 +193,120 @@ fn known_of(meta: &ObjectMeta, digest: Option<u64>, answered: bool) -> Known {
     let version = meta.resource_version.as_deref().and_then(|version| version.parse().ok());
     Known { uid: meta.uid.clone().unwrap_or_default(), version: version.unwrap_or(0), digest, answered }
 }
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1::ConfigMap;
+    use keystone_mesh_api::{LEDGER_PREFIX, Member};
+    use keystone_mesh_core::key::Secret;
+    use serde_json::json;
+
+    use super::*;
+    use crate::slim::SlimNode;
+
+    fn index() -> Index {
+        Index::new(Secret::from_bytes([1; 32]).identity().id(), Settings::default(), Metrics::default())
+    }
+
+    fn node(uid: &str, version: u64, label: &str) -> Object {
+        let node: SlimNode = serde_json::from_value(json!({
+            "metadata": {
+                "name": "w1", "uid": uid, "resourceVersion": version.to_string(), "labels": {"l": label},
+                "creationTimestamp": "2026-01-01T00:00:00Z",
+            },
+        }))
+        .unwrap();
+        Object::Node(Box::new(node))
+    }
+
+    fn page(version: u64) -> Object {
+        let name = format!("{LEDGER_PREFIX}0");
+        let page: ConfigMap =
+            serde_json::from_value(json!({"metadata": {"name": name, "resourceVersion": version.to_string()}}))
+                .unwrap();
+        Object::Page(Box::new(page))
+    }
+
+    fn set(object: Object) -> Update {
+        Update { kind: identify(&object).0, change: Change::Set(object) }
+    }
+
+    fn node_update(change: Change) -> Update {
+        Update { kind: Kind::Node, change }
+    }
+
+    fn names(index: &Index, kind: Kind) -> Vec<String> {
+        index.known.get(&kind).map(|known| known.keys().cloned().collect()).unwrap_or_default()
+    }
+
+    #[test]
+    fn what_says_nothing_else_wakes_nobody() {
+        let mut index = index();
+        assert!(index.handle_update(set(node("u", 1, "a")), 0));
+        assert!(!index.handle_update(set(node("u", 2, "a")), 0));
+        assert!(index.handle_update(set(node("u", 3, "b")), 0));
+    }
+
+    #[test]
+    fn an_answer_is_known_before_the_watch_brings_it_and_the_watch_does_not_undo_it() {
+        let mut index = index();
+        index.handle_update(set(node("u", 1, "a")), 0);
+        assert!(index.handle_answer(node("u", 5, "c")));
+        assert!(!index.handle_update(set(node("u", 3, "b")), 0), "older than the answer");
+        assert!(!index.handle_update(set(node("u", 5, "c")), 0), "the same");
+        assert!(index.handle_update(set(node("u", 6, "d")), 0));
+    }
+
+    #[test]
+    fn an_answer_brings_nothing_back_that_went() {
+        let mut index = index();
+        index.handle_update(set(node("u", 1, "a")), 0);
+        index.handle_update(node_update(Change::Deleted { name: "w1".into() }), 0);
+        assert!(!index.handle_answer(node("u", 2, "b")));
+        index.handle_update(set(node("v", 4, "a")), 0);
+        assert!(!index.handle_answer(node("u", 5, "b")), "the Node of that name is another");
+        assert_eq!(names(&index, Kind::Node), ["w1"]);
+    }
+
+    #[test]
+    fn what_a_list_does_not_name_is_gone() {
+        let mut index = index();
+        index.handle_update(set(node("u", 1, "a")), 0);
+        index.handle_update(node_update(Change::Listing), 0);
+        index.handle_update(node_update(Change::Listed), 0);
+        assert!(names(&index, Kind::Node).is_empty());
+    }
+
+    #[test]
+    fn a_page_that_was_written_during_a_list_is_not_gone() {
+        let mut index = index();
+        index.handle_update(Update { kind: Kind::LedgerPage, change: Change::Listing }, 0);
+        assert!(index.handle_answer(page(7)));
+        index.handle_update(Update { kind: Kind::LedgerPage, change: Change::Listed }, 0);
+        assert_eq!(names(&index, Kind::LedgerPage).len(), 1);
+    }
+
+    #[test]
+    fn a_list_of_a_restored_backup_counts_though_its_versions_are_older() {
+        let mut index = index();
+        index.handle_update(set(node("u", 100, "a")), 0);
+        assert!(!index.handle_update(set(node("u", 50, "b")), 0));
+        index.handle_update(node_update(Change::Listing), 0);
+        assert!(index.handle_update(set(node("u", 50, "b")), 0));
+        index.handle_update(node_update(Change::Listed), 0);
+        assert!(index.handle_update(set(node("u", 51, "c")), 0));
+    }
+
+    #[test]
+    fn an_object_that_does_not_read_is_not_thought_gone() {
+        let mut index = index();
+        let member: Member =
+            serde_json::from_value(json!({"metadata": {"name": "m", "uid": "u"}, "spec": {"identity": "x"}})).unwrap();
+        index.handle_update(set(Object::Member(Box::new(member))), 0);
+        let update = |change| Update { kind: Kind::Member, change };
+        index.handle_update(update(Change::Listing), 0);
+        index.handle_update(update(Change::Malformed { name: "m".into(), why: "bad".into() }), 0);
+        index.handle_update(update(Change::Listed), 0);
+        assert_eq!(names(&index, Kind::Member), ["m"]);
+    }
+}

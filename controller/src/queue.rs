@@ -120,7 +120,7 @@ impl Queue {
     }
 
     /// The next write to send, which is under way from here on.
-    pub fn next(&mut self) -> Option<Action> {
+    pub fn take_next(&mut self) -> Option<Action> {
         if self.busy.len() >= IN_FLIGHT {
             return None;
         }
@@ -183,30 +183,30 @@ mod tests {
         let (mut queue, now) = (Queue::default(), Instant::now());
         queue.handle_decision(vec![page(0, "old"), page(1, "old")], now);
         queue.handle_decision(vec![page(0, "new")], now);
-        assert_eq!(queue.next(), Some(page(0, "new")));
-        assert_eq!(queue.next(), None);
+        assert_eq!(queue.take_next(), Some(page(0, "new")));
+        assert_eq!(queue.take_next(), None);
     }
 
     #[test]
     fn a_part_under_way_is_not_sent_again_until_its_answer_came() {
         let (mut queue, now) = (Queue::default(), Instant::now());
         queue.handle_decision(vec![page(0, "a")], now);
-        assert!(queue.next().is_some());
+        assert!(queue.take_next().is_some());
         queue.handle_decision(vec![page(0, "a")], now);
-        assert_eq!(queue.next(), None);
+        assert_eq!(queue.take_next(), None);
         queue.handle_outcome(&part(0), Outcome::Done, now);
         queue.handle_decision(vec![page(0, "b")], now);
-        assert_eq!(queue.next(), Some(page(0, "b")));
+        assert_eq!(queue.take_next(), Some(page(0, "b")));
     }
 
     #[test]
     fn only_so_many_are_under_way() {
         let (mut queue, now) = (Queue::default(), Instant::now());
         queue.handle_decision((0..100).map(|number| page(number, "")).collect(), now);
-        assert_eq!(std::iter::from_fn(|| queue.next()).count(), IN_FLIGHT);
+        assert_eq!(std::iter::from_fn(|| queue.take_next()).count(), IN_FLIGHT);
         assert_eq!((queue.busy(), queue.waiting()), (IN_FLIGHT, 100 - IN_FLIGHT));
         queue.handle_outcome(&part(3), Outcome::Failed, now);
-        assert_eq!(std::iter::from_fn(|| queue.next()).count(), 1);
+        assert_eq!(std::iter::from_fn(|| queue.take_next()).count(), 1);
     }
 
     #[test]
@@ -215,10 +215,10 @@ mod tests {
         let mut pauses = Vec::new();
         for _ in 0..10 {
             queue.handle_decision(vec![page(0, "")], now);
-            assert!(queue.next().is_some());
+            assert!(queue.take_next().is_some());
             queue.handle_outcome(&part(0), Outcome::Failed, now);
             queue.handle_decision(vec![page(0, "")], now);
-            assert_eq!(queue.next(), None, "it rests");
+            assert_eq!(queue.take_next(), None, "it rests");
             let until = queue.rested_at().unwrap();
             pauses.push(until - now);
             now = until;
@@ -226,7 +226,7 @@ mod tests {
         assert_eq!(pauses[..3], [200, 400, 800].map(Duration::from_millis));
         assert_eq!(*pauses.last().unwrap(), Duration::from_secs(15));
         queue.handle_decision(vec![page(0, "")], now);
-        assert!(queue.next().is_some());
+        assert!(queue.take_next().is_some());
         queue.handle_outcome(&part(0), Outcome::Done, now);
         queue.handle_decision(vec![], now);
         assert_eq!(queue.rested_at(), None);
@@ -236,7 +236,7 @@ mod tests {
     fn nothing_is_kept_of_what_nobody_wants() {
         let (mut queue, now) = (Queue::default(), Instant::now());
         queue.handle_decision(vec![page(0, "")], now);
-        assert!(queue.next().is_some());
+        assert!(queue.take_next().is_some());
         queue.handle_outcome(&part(0), Outcome::Conflict, now);
         queue.handle_decision(vec![], now + Duration::from_secs(1));
         assert!(queue.resting.is_empty() && queue.busy.is_empty() && queue.waiting.is_empty());

@@ -37,7 +37,7 @@ fn what_is_wrong_is_refused_by_the_api_server_in_words() {
             ("JoinToken", "aaaaaaaaaaaaa", json!({"hash": "h", "uses": 3, "namePattern": "w-*"})),
         ];
         for (kind, name, spec) in good {
-            apply(&world, kind, name, spec)?;
+            apply(&world, kind, name, &spec)?;
         }
         let bad = [
             ("Peer", "x", json!({}), "publicKey"),
@@ -57,7 +57,7 @@ fn what_is_wrong_is_refused_by_the_api_server_in_words() {
             ("JoinToken", "aaaaaaaaaaaaa", json!({"hash": "other"}), "hash of a JoinToken cannot be changed"),
         ];
         for (kind, name, spec, said) in bad {
-            let error = format!("{:#}", apply(&world, kind, name, spec.clone()).expect_err(&spec.to_string()));
+            let error = format!("{:#}", apply(&world, kind, name, &spec).expect_err(&spec.to_string()));
             assert!(error.contains(said), "{kind} {spec}: {error}");
         }
         let table = world.server.kubectl(&["get", "members", "--output", "wide"])?;
@@ -68,7 +68,7 @@ fn what_is_wrong_is_refused_by_the_api_server_in_words() {
     });
 }
 
-fn apply(world: &World<'_>, kind: &str, name: &str, spec: Value) -> Result<()> {
+fn apply(world: &World<'_>, kind: &str, name: &str, spec: &Value) -> Result<()> {
     let object = json!({
         "apiVersion": "mesh.keystone.cluster/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": spec,
     });

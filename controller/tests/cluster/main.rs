@@ -6,5 +6,6 @@ mod approval;
 mod crds;
 mod outages;
 mod races;
+mod scale;
 mod storms;
 mod world;

@@ -261,11 +261,16 @@ impl Machine {
 
 /// Creates the Nodes of many machines at once.
 pub(crate) async fn create(client: &Client, machines: &[Machine]) -> Result<()> {
+    create_all(client, machines, Machine::node).await
+}
+
+/// As [`create`], with Nodes of this form.
+pub(crate) async fn create_all(client: &Client, machines: &[Machine], node: impl Fn(&Machine) -> Node) -> Result<()> {
     let nodes = Api::<Node>::all(client.clone());
-    stream::iter(machines)
-        .map(|machine| {
+    stream::iter(machines.iter().map(node))
+        .map(|node| {
             let nodes = nodes.clone();
-            async move { nodes.create(&PostParams::default(), &machine.node()).await }
+            async move { nodes.create(&PostParams::default(), &node).await }
         })
         .buffer_unordered(PARALLEL)
         .try_for_each(|_| async { Ok(()) })
