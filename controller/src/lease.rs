@@ -96,7 +96,8 @@ impl Election {
             self.renewed = None;
             return Step::Write(Box::new(self.claim(None, wall)));
         };
-        if self.seen.as_ref().is_none_or(|(seen, _)| seen.metadata.resource_version != lease.metadata.resource_version) {
+        if self.seen.as_ref().is_none_or(|(seen, _)| seen.metadata.resource_version != lease.metadata.resource_version)
+        {
             self.seen = Some((lease.clone(), now));
         }
         let holder = holder(&lease);
@@ -211,7 +212,9 @@ pub async fn run(
     if let Some(lease) = election.release(Timestamp::now()) {
         match call(api.replace(name, &PostParams::default(), &lease)).await {
             Ok(_) => tracing::info!(lease = name, "gave the leader lease back"),
-            Err(error) => tracing::warn!(%error, lease = name, "the leader lease could not be given back; it will lapse"),
+            Err(error) => {
+                tracing::warn!(%error, lease = name, "the leader lease could not be given back; it will lapse");
+            }
         }
     }
     Ok(())

@@ -13,18 +13,32 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{ConfigMap, Node};
-use keystone_mesh_api::{JoinToken, Member, Peer};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use keystone_mesh_api::{JoinToken, LEDGER_PREFIX, Member, Peer};
 use keystone_mesh_core::NodeId;
+use keystone_mesh_core::annotations::Decoded;
 use keystone_mesh_core::directory::{Carrier, Directory, Object};
 use keystone_mesh_core::facts::{FieldError, Malformed};
 use keystone_mesh_core::ledger::Ledger;
 use keystone_mesh_core::network::{Network, SignedNetwork};
-use keystone_mesh_core::node::NodeName;
+use keystone_mesh_core::node::{NameError, NodeName};
 
 pub use cloud::{CloudClaim, CloudKind};
 pub use node::NodeView;
 pub use reports::{Reach, Report, Reporter};
-pub use resources::{MemberView, PeerView, TokenView};
+pub use resources::{MemberView, PeerView, PlainSpec, TokenView};
+
+/// The Node condition that says whether peers reach the node.
+pub use keystone_mesh_api::READY_CONDITION;
+/// The Node condition that says whether the node is in the network, and why (not).
+pub const APPROVED_CONDITION: &str = "MeshApproved";
+/// The Node condition that says which of the wanted routes are not given; absent where none ever was refused.
+pub const ROUTES_CONDITION: &str = "MeshRoutes";
+/// The Node condition that says which annotations of people have no effect; absent where all had.
+pub const WISHES_CONDITION: &str = "MeshWishes";
+
+/// A cloud claim that is gone is remembered for so long, in milliseconds: its Node lingers for minutes, not hours.
+const CLAIM_MEMORY: u64 = 3_600_000;
 
 /// Wall-clock time in milliseconds since 1970.
 pub type Now = u64;
@@ -194,63 +208,200 @@ impl ClusterView {
 
     /// A Node came or changed.
     pub fn handle_node(&mut self, node: &Node) {
-        let _ = (node, Carrier::Node, Object { name: String::new(), annotations: BTreeMap::new() });
-        todo!()
+        let Some((meta, object)) = self.open(Kind::Node, &node.metadata) else { return };
+        let name = meta.name.clone();
+        if self.nodes.get(&name).is_some_and(|known| known.uid != meta.uid) {
+            self.node_departed(&name);
+        }
+        let (parsed, mut faults) = NodeView::parse(meta, node);
+        faults.extend(statement_faults(&parsed.mesh, self.network_id));
+        let returned = |id: &mut NodeId| identity_of(&parsed.mesh) == Some(*id);
+        if self.departed.get_mut(&name).is_some_and(returned) {
+            self.departed.remove(&name);
+        }
+        self.directory.handle_object(Carrier::Node, &object);
+        self.note(Kind::Node, object.name, faults);
+        self.nodes.insert(name, parsed);
     }
 
     /// A Member came or changed.
     pub fn handle_member(&mut self, member: &Member) {
-        let _ = member;
-        todo!()
+        let Some((meta, object)) = self.open(Kind::Member, &member.metadata) else { return };
+        let name = meta.name.clone();
+        match MemberView::parse(meta, member) {
+            Ok((parsed, mut faults)) => {
+                faults.extend(statement_faults(&parsed.mesh, self.network_id));
+                self.directory.handle_object(Carrier::Member, &object);
+                self.note(Kind::Member, object.name, faults);
+                self.members.insert(name, parsed);
+            }
+            Err(fault) => self.note(Kind::Member, object.name, vec![fault]),
+        }
     }
 
     /// A Peer came or changed.
     pub fn handle_peer(&mut self, peer: &Peer) {
-        let _ = peer;
-        todo!()
+        let Some((meta, object)) = self.open(Kind::Peer, &peer.metadata) else { return };
+        let name = meta.name.clone();
+        let known = self.peers.get(&name).filter(|known| known.uid == meta.uid).and_then(|known| known.stated.clone());
+        let (parsed, faults) = PeerView::parse(meta, peer, self.network_id, known);
+        self.note(Kind::Peer, object.name, faults);
+        self.peers.insert(name, parsed);
     }
 
-    /// A JoinToken came or changed.
+    /// A JoinToken came or changed. One that does not read lets nobody in.
     pub fn handle_token(&mut self, token: &JoinToken) {
-        let _ = token;
-        todo!()
+        let name = token.metadata.name.clone().unwrap_or_default();
+        match TokenView::parse(token) {
+            Ok(parsed) => {
+                self.note(Kind::JoinToken, name.clone(), Vec::new());
+                self.tokens.insert(name, parsed);
+            }
+            Err(fault) => {
+                self.tokens.remove(&name);
+                self.note(Kind::JoinToken, name, vec![fault]);
+            }
+        }
     }
 
     /// A NodeClaim or Machine came or changed; see [`CloudClaim::parse`].
     pub fn handle_claim(&mut self, claim: CloudClaim) {
-        let _ = claim;
-        todo!()
+        self.claims.insert((claim.kind, claim.name.clone()), claim);
     }
 
     /// A page of the ledger came or changed, by a watch or as the answer to a write. An older version than the one
     /// that is known must not be fed.
     pub fn handle_page(&mut self, page: &ConfigMap) {
-        let _ = page;
-        todo!()
+        let name = page.metadata.name.clone().unwrap_or_default();
+        let Some(number) = page_number(&name) else {
+            let fault = format!("`{name}` is no page of the ledger; expected {LEDGER_PREFIX}NUMBER");
+            return self.note(Kind::LedgerPage, name, vec![ObjectFault::Object(fault)]);
+        };
+        let faults = self.ledger.handle_page(number, page.data.as_ref().unwrap_or(&BTreeMap::new()));
+        self.pages.insert(number, page.metadata.resource_version.clone().unwrap_or_default());
+        self.note(Kind::LedgerPage, name, faults.into_iter().map(ObjectFault::from).collect());
+        let ledger = &self.ledger;
+        self.departed.retain(|name, id| ledger.pinned(name).is_some_and(|(_, pinned)| pinned == *id));
     }
 
-    /// The network's document came or changed.
+    /// The network's document came or changed. The last good one stays.
     pub fn handle_network(&mut self, document: &ConfigMap) {
-        let _ = (document, SignedNetwork::from_map);
-        todo!()
+        let read = SignedNetwork::from_map(document.data.as_ref().unwrap_or(&BTreeMap::new()));
+        let faults = match read {
+            Ok(signed) if signed.get().id == self.network_id => {
+                if self.network.as_ref().is_none_or(|known| known.serial <= signed.get().serial) {
+                    self.network = Some(signed.get().clone());
+                }
+                Vec::new()
+            }
+            Ok(signed) => vec![ObjectFault::OtherNetwork { found: signed.get().id, ours: self.network_id }],
+            Err(malformed) => vec![malformed.into()],
+        };
+        self.note(Kind::Network, document.metadata.name.clone().unwrap_or_default(), faults);
     }
 
-    /// An object went.
+    /// An object went. Cloud claims have their namespace before their name (`NAMESPACE/NAME`), as [`CloudClaim::name`].
     pub fn handle_deleted(&mut self, kind: Kind, name: &str, now: Now) {
-        let _ = (kind, name, now);
-        todo!()
+        self.faults.remove(&(kind, name.to_owned()));
+        match kind {
+            Kind::Node => {
+                if let Ok(name) = name.parse() {
+                    self.node_departed(&name);
+                    self.nodes.remove(&name);
+                }
+            }
+            Kind::Member => {
+                self.directory.handle_deleted(Carrier::Member, name);
+                self.members.retain(|known, _| known.as_str() != name);
+            }
+            Kind::Peer => self.peers.retain(|known, _| known.as_str() != name),
+            Kind::JoinToken => drop(self.tokens.remove(name)),
+            Kind::LedgerPage => {
+                if let Some(number) = page_number(name) {
+                    self.ledger.handle_page(number, &BTreeMap::new());
+                    self.pages.remove(&number);
+                }
+            }
+            // Members keep the network that they know; so does the controller.
+            Kind::Network => {}
+            Kind::NodeClaim => self.claim_gone(CloudKind::NodeClaim, name, now),
+            Kind::Machine => self.claim_gone(CloudKind::Machine, name, now),
+        }
     }
 
     /// Every object of a kind was fed after a fresh list; what is not among `names` is gone. Required kinds decide
     /// nothing before this; for an optional kind whose resource does not exist it need not be called.
     pub fn handle_listed(&mut self, kind: Kind, names: &BTreeSet<String>, now: Now) {
-        let _ = (kind, names, now);
-        todo!()
+        let known: Vec<String> = match kind {
+            Kind::Node => self.nodes.keys().map(ToString::to_string).collect(),
+            Kind::Member => self.members.keys().map(ToString::to_string).collect(),
+            Kind::Peer => self.peers.keys().map(ToString::to_string).collect(),
+            Kind::JoinToken => self.tokens.keys().cloned().collect(),
+            Kind::LedgerPage => self.pages.keys().map(|page| format!("{LEDGER_PREFIX}{page}")).collect(),
+            Kind::Network => Vec::new(),
+            Kind::NodeClaim => self.live_claims(CloudKind::NodeClaim),
+            Kind::Machine => self.live_claims(CloudKind::Machine),
+        };
+        for name in known.iter().filter(|name| !names.contains(*name)) {
+            self.handle_deleted(kind, name, now);
+        }
+        self.faults.retain(|(of, name), _| *of != kind || names.contains(name));
+        self.listed.insert(kind);
+    }
+
+    /// This controller has become the one that asks reporters. What was reported to it before counts no more, and a
+    /// node that nobody reports on is called Unknown only a report's life after this.
+    pub fn handle_leading(&mut self, now: Now) {
+        self.reports = reports::Reports::since(now);
     }
 
     /// A reporter answered.
     pub fn handle_report(&mut self, report: Report) {
         self.reports.handle(report);
+    }
+
+    /// Reads what every named object has. One with a name that no node can have is noted and has no further use.
+    fn open(&mut self, kind: Kind, meta: &ObjectMeta) -> Option<(Meta, Object)> {
+        match Meta::parse(meta) {
+            Ok(parsed) => {
+                let annotations = meta.annotations.clone().unwrap_or_default();
+                let object = Object { name: parsed.name.to_string(), annotations };
+                Some((parsed, object))
+            }
+            Err(fault) => {
+                self.note(kind, meta.name.clone().unwrap_or_default(), vec![fault]);
+                None
+            }
+        }
+    }
+
+    /// Remembers that the claim of this name belongs to a Node that went: a successor with another identity is no
+    /// impostor.
+    fn node_departed(&mut self, name: &NodeName) {
+        self.directory.handle_deleted(Carrier::Node, name.as_str());
+        if let Some((_, pinned)) = self.ledger.pinned(name) {
+            self.departed.insert(name.clone(), pinned);
+        }
+    }
+
+    fn claim_gone(&mut self, kind: CloudKind, name: &str, now: Now) {
+        if let Some(claim) = self.claims.get_mut(&(kind, name.to_owned())) {
+            claim.gone.get_or_insert(now);
+        }
+        self.claims.retain(|_, claim| claim.gone.is_none_or(|gone| now.saturating_sub(gone) < CLAIM_MEMORY));
+    }
+
+    fn live_claims(&self, kind: CloudKind) -> Vec<String> {
+        let live = self.claims.values().filter(|claim| claim.kind == kind && claim.gone.is_none());
+        live.map(|claim| claim.name.clone()).collect()
+    }
+
+    fn note(&mut self, kind: Kind, name: String, faults: Vec<ObjectFault>) {
+        if faults.is_empty() {
+            self.faults.remove(&(kind, name));
+        } else {
+            self.faults.insert((kind, name), faults);
+        }
     }
 
     /// What people set.
@@ -277,4 +428,69 @@ impl ClusterView {
     pub fn faults(&self) -> impl Iterator<Item = (Kind, &str, &[ObjectFault])> {
         self.faults.iter().map(|((kind, name), faults)| (*kind, name.as_str(), faults.as_slice()))
     }
+}
+
+/// What every named object has.
+#[derive(Clone, Debug)]
+struct Meta {
+    name: NodeName,
+    uid: String,
+    created: Now,
+    deleting: bool,
+}
+
+impl Meta {
+    fn parse(meta: &ObjectMeta) -> Result<Self, ObjectFault> {
+        let name = meta.name.as_deref().unwrap_or_default();
+        Ok(Self {
+            name: name.parse().map_err(|error: NameError| ObjectFault::Object(error.to_string()))?,
+            uid: meta.uid.clone().unwrap_or_default(),
+            created: meta.creation_timestamp.as_ref().map_or(0, millis),
+            deleting: meta.deletion_timestamp.is_some(),
+        })
+    }
+}
+
+/// Milliseconds since 1970.
+fn millis(time: &Time) -> Now {
+    u64::try_from(time.0.as_millisecond()).unwrap_or(0)
+}
+
+/// What is wrong with the statements that an object carries.
+fn statement_faults(mesh: &Decoded, ours: NodeId) -> Vec<ObjectFault> {
+    let mut faults = Vec::new();
+    faults.extend(mesh.record.as_ref().err().cloned().map(ObjectFault::from));
+    match &mesh.approval {
+        Ok(Some(signed)) if signed.get().network != ours => {
+            faults.push(ObjectFault::OtherNetwork { found: signed.get().network, ours });
+        }
+        Ok(_) => {}
+        Err(malformed) => faults.push(malformed.clone().into()),
+    }
+    faults.extend(mesh.wish_faults.iter().cloned().map(ObjectFault::from));
+    faults
+}
+
+/// The identity whose record an object carries.
+fn identity_of(mesh: &Decoded) -> Option<NodeId> {
+    mesh.record.as_ref().ok()?.as_ref().map(|signed| signed.get().identity)
+}
+
+fn page_number(name: &str) -> Option<u32> {
+    name.strip_prefix(LEDGER_PREFIX)?.parse().ok()
+}
+
+/// Networks in text, without host bits; those that do not read are told.
+fn networks(texts: &[String], field: &str, faults: &mut Vec<ObjectFault>) -> Vec<IpNet> {
+    let mut good = Vec::with_capacity(texts.len());
+    for text in texts {
+        match text.parse::<IpNet>() {
+            Ok(net) => good.push(net.trunc()),
+            Err(_) => faults.push(ObjectFault::Object(format!(
+                "`{field}`: `{}` is not a network; expected one as in 10.42.1.0/24",
+                text.chars().take(60).collect::<String>().escape_debug()
+            ))),
+        }
+    }
+    good
 }

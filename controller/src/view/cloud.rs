@@ -2,6 +2,7 @@
 
 use kube::core::DynamicObject;
 
+use super::node::INSTANCE_TYPE;
 use super::{Now, ObjectFault};
 
 /// Whose object it is.
@@ -33,7 +34,21 @@ pub struct CloudClaim {
 impl CloudClaim {
     /// Reads what is known so far; all of it may come later.
     pub fn parse(kind: CloudKind, object: &DynamicObject) -> Result<Self, ObjectFault> {
-        let _ = (kind, object);
-        todo!()
+        let name = object.metadata.name.clone().filter(|name| !name.is_empty());
+        let name = name.ok_or_else(|| ObjectFault::Object("a cloud claim without a name".to_owned()))?;
+        let text = |pointer: &str| {
+            let found = object.data.pointer(pointer).and_then(serde_json::Value::as_str);
+            found.filter(|text| !text.is_empty()).map(str::to_owned)
+        };
+        let (node, provider_id) = match kind {
+            CloudKind::NodeClaim => (text("/status/nodeName"), text("/status/providerID")),
+            CloudKind::Machine => (text("/status/nodeRef/name"), text("/spec/providerID")),
+        };
+        let instance_type = object.metadata.labels.as_ref().and_then(|labels| labels.get(INSTANCE_TYPE).cloned());
+        let name = match &object.metadata.namespace {
+            Some(namespace) => format!("{namespace}/{name}"),
+            None => name,
+        };
+        Ok(Self { kind, name, node, provider_id, instance_type, gone: None })
     }
 }

@@ -39,16 +39,33 @@ pub struct Report {
 /// The last report of each reporter, and since when each answer is the same.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Reports {
+    started: Now,
     by_reporter: BTreeMap<NodeName, Answered>,
 }
 
 #[derive(Clone, Debug)]
 struct Answered {
+    since: Now,
     at: Now,
     peers: BTreeMap<NodeName, (Reach, Now)>,
 }
 
+/// What the reports that still count say of one node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Evidence {
+    /// Somebody reaches it, since then.
+    Reached(Now),
+    /// Those who know it do not reach it, since then.
+    Unreached(Now),
+    /// Nobody says anything, since then.
+    Silence(Now),
+}
+
 impl Reports {
+    pub(crate) fn since(started: Now) -> Self {
+        Self { started, by_reporter: BTreeMap::new() }
+    }
+
     pub(crate) fn handle(&mut self, report: Report) {
         let Report { reporter, at, peers } = report;
         let before = self.by_reporter.remove(&reporter);
@@ -57,6 +74,33 @@ impl Reports {
             known.filter(|(old, _)| *old == reach).map_or(at, |(_, since)| *since)
         };
         let peers = peers.into_iter().map(|(name, reach)| (name.clone(), (reach, since(&name, reach)))).collect();
-        self.by_reporter.insert(reporter, Answered { at, peers });
+        let since = before.as_ref().map_or(at, |before| before.since);
+        self.by_reporter.insert(reporter, Answered { since, at, peers });
+    }
+
+    /// What is said of a node by reports of at most `life` milliseconds ago.
+    pub(crate) fn evidence(&self, name: &NodeName, now: Now, life: u64) -> Evidence {
+        let (mut reached, mut unreached, mut last) = (None::<Now>, None::<Now>, self.started);
+        for (reporter, answered) in &self.by_reporter {
+            let said = if reporter == name {
+                Some((Reach::Reached, answered.since))
+            } else {
+                answered.peers.get(name).copied()
+            };
+            let Some((reach, since)) = said else { continue };
+            last = last.max(answered.at);
+            if now.saturating_sub(answered.at) > life {
+                continue;
+            }
+            match reach {
+                Reach::Reached => reached = Some(reached.map_or(since, |known| known.min(since))),
+                Reach::Unreached => unreached = Some(unreached.map_or(since, |known| known.max(since))),
+            }
+        }
+        match (reached, unreached) {
+            (Some(since), _) => Evidence::Reached(since),
+            (None, Some(since)) => Evidence::Unreached(since),
+            (None, None) => Evidence::Silence(last),
+        }
     }
 }
