@@ -10,6 +10,7 @@ pub mod daemon;
 pub mod dataplane;
 pub mod join;
 pub mod kernel;
+pub mod kube_api;
 pub mod lifeline;
 pub mod member;
 pub mod preflight;
