@@ -359,6 +359,24 @@ impl Entry {
         &self.record.get().name
     }
 
+    /// What counts of this and of what came after it: of one identity's records the one with the higher sequence number,
+    /// of one network's approvals of it the one with the higher serial.
+    pub fn succeeded_by(self, next: Self) -> Self {
+        if self.record.get().identity != next.record.get().identity {
+            return next;
+        }
+        let keeps_record = self.record.get().seq > next.record.get().seq;
+        let approval = match (self.approval, next.approval) {
+            (Some(known), Some(next)) => {
+                let (a, b) = (known.get(), next.get());
+                let keeps = a.network == b.network && a.identity == b.identity && a.serial > b.serial;
+                Some(if keeps { known } else { next })
+            }
+            (_, next) => next,
+        };
+        Self { record: if keeps_record { self.record } else { next.record }, approval }
+    }
+
     /// The approval where it is one of `network` for the very identity that signed the record under this name.
     pub fn approved(&self, network: NodeId) -> Option<&Approval> {
         let record = self.record.get();
