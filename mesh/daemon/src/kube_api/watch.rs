@@ -79,6 +79,8 @@ pub struct Collection {
 pub struct Object {
     /// `metadata.name`.
     pub name: String,
+    /// `metadata.uid`: tells an object from a later one of the same name.
+    pub uid: String,
     /// `metadata.resourceVersion`: grows with every change of anything of the API server's.
     pub version: u64,
     /// `metadata.annotations` that begin with our prefix.
@@ -102,6 +104,13 @@ pub enum Told {
     Lost(String),
     /// There is no such collection. It is as if it were empty, and looked for again.
     Absent,
+}
+
+impl Object {
+    /// Reads one object, as it stands in an answer of the API server.
+    pub fn from_json(text: &str) -> Result<Self, serde_json::Error> {
+        serde_json::from_str::<Raw>(text).map(Self::from)
+    }
 }
 
 /// Watches a collection until `tell` is closed, and tells what is heard under `label`.
@@ -374,6 +383,8 @@ struct Raw {
 struct RawMeta {
     name: String,
     #[serde(default)]
+    uid: String,
+    #[serde(default)]
     resource_version: String,
     #[serde(default)]
     annotations: Ours,
@@ -384,7 +395,13 @@ impl From<Raw> for Object {
         // Opaque by the letter, but comparable since 1.35, and a number in every version that was ever released.
         let version = raw.metadata.resource_version.parse().unwrap_or(0);
         let Ours(annotations) = raw.metadata.annotations;
-        Self { name: raw.metadata.name, version, annotations, data: raw.data.unwrap_or_default() }
+        Self {
+            name: raw.metadata.name,
+            uid: raw.metadata.uid,
+            version,
+            annotations,
+            data: raw.data.unwrap_or_default(),
+        }
     }
 }
 
@@ -429,7 +446,7 @@ mod tests {
             "annotations":{"other":"x","mesh.keystone.cluster/seq":"3"},"managedFields":[{"manager":"kubelet"}]}}"#;
         let object = Object::from(serde_json::from_str::<Raw>(text).unwrap());
         let annotations = BTreeMap::from([("mesh.keystone.cluster/seq".to_owned(), "3".to_owned())]);
-        assert_eq!(object, Object { name: "w".into(), version: 7, annotations, data: BTreeMap::new() });
+        assert_eq!(object, Object { name: "w".into(), version: 7, annotations, ..Object::default() });
     }
 
     #[test]
