@@ -52,6 +52,14 @@ test-peers: ## Install wireguard-go and boringtun-cli, which the interoperabilit
 test-peers-path: ## Print the directory of `wireguard` (wireguard-go) and `boringtun-cli`
 	@tests/peers/install --path
 
+.PHONY: test-assets
+test-assets: ## Build the Kubernetes and etcd that the tests run (some minutes, once per version)
+	tests/assets/install
+
+.PHONY: test-assets-path
+test-assets-path: ## Print the directory of kube-apiserver, etcd, kubelet, kubectl, ...
+	@tests/assets/install --path
+
 # cargo-fuzz instruments with a nightly compiler, which rustup brings where it is missing (tests/fuzz/rust-toolchain.toml).
 .PHONY: fuzz
 fuzz: $(CARGO_FUZZ) ## Fuzz each decoder of outside bytes for FUZZ_SECONDS (600); FUZZ_TARGETS='a b' for some
