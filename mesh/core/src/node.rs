@@ -27,6 +27,8 @@ pub const MAX_ENDPOINTS: usize = 16;
 pub const MAX_RELAYS: usize = 4;
 /// Most forced endpoints in an approval.
 pub const MAX_FORCED: usize = 4;
+/// Most mesh addresses of one node.
+pub const MAX_ADDRESSES: usize = 8;
 /// Most routes in a record or approval.
 pub const MAX_ROUTES: usize = 64;
 
@@ -299,19 +301,13 @@ impl SignedApproval {
         let network = reader.required("network");
         let name = reader.required("name");
         let identity = reader.required("approved");
-        let addresses: Vec<IpNet> = reader.list("addresses", 8);
+        let addresses = read_addresses(&mut reader);
         let routes = reader.list("routes", MAX_ROUTES);
         let endpoints = reader.list("approved-endpoints", MAX_FORCED);
         let relays = reader.list("approved-relays", MAX_RELAYS);
         let location = reader.optional("approved-location");
         let serial = reader.required("approval-serial");
         let signature = reader.required("approval-signature");
-        if addresses.iter().any(|net| net.prefix_len() != net.max_prefix_len()) {
-            reader.fault(FieldError::Invalid {
-                key: "addresses",
-                why: "expected full-length prefixes, /32 or /128".into(),
-            });
-        }
         let signed = (|| {
             let approval = Approval {
                 network: network?,
@@ -335,6 +331,16 @@ impl SignedApproval {
     }
 }
 
+/// Mesh addresses, each a full-length prefix.
+pub(crate) fn read_addresses(reader: &mut Reader<'_>) -> Vec<IpNet> {
+    let addresses: Vec<IpNet> = reader.list("addresses", MAX_ADDRESSES);
+    if addresses.iter().any(|net| net.prefix_len() != net.max_prefix_len()) {
+        let why = "expected full-length prefixes, /32 or /128".into();
+        reader.fault(FieldError::Invalid { key: "addresses", why });
+    }
+    addresses
+}
+
 serde_as_facts!(SignedRecord, SignedApproval);
 
 /// A node as a registry knows it.
@@ -351,6 +357,24 @@ impl Entry {
     /// The node's name.
     pub fn name(&self) -> &NodeName {
         &self.record.get().name
+    }
+
+    /// What counts of this and of what came after it: of one identity's records the one with the higher sequence number,
+    /// of one network's approvals of it the one with the higher serial.
+    pub fn succeeded_by(self, next: Self) -> Self {
+        if self.record.get().identity != next.record.get().identity {
+            return next;
+        }
+        let keeps_record = self.record.get().seq > next.record.get().seq;
+        let approval = match (self.approval, next.approval) {
+            (Some(known), Some(next)) => {
+                let (a, b) = (known.get(), next.get());
+                let keeps = a.network == b.network && a.identity == b.identity && a.serial > b.serial;
+                Some(if keeps { known } else { next })
+            }
+            (_, next) => next,
+        };
+        Self { record: if keeps_record { self.record } else { next.record }, approval }
     }
 
     /// The approval where it is one of `network` for the very identity that signed the record under this name.

@@ -22,6 +22,9 @@ pub struct Status {
     pub registry: Registry,
     /// Every peer, by name.
     pub peers: Vec<Peer>,
+    /// The network's plain WireGuard peers, whichever node serves them.
+    #[serde(default)]
+    pub plain_peers: Vec<PlainPeer>,
     /// Nodes that are left out, wholly or in part, because of what their records or approvals say.
     pub faults: Vec<NodeFault>,
     /// The data plane's totals.
@@ -115,10 +118,11 @@ pub struct NodeFault {
 
 impl NodeFault {
     /// Every code there is.
-    pub const CODES: [&str; 9] = [
+    pub const CODES: [&str; 10] = [
         "not_approved",
         "shared_key",
         "overlap",
+        "not_routed",
         "record",
         "approval",
         "foreign_approval",
@@ -173,6 +177,8 @@ pub struct Peer {
     pub addresses: Vec<IpNet>,
     /// Networks behind it.
     pub routes: Vec<IpNet>,
+    /// Where it stands, as people named it.
+    pub location: Option<Location>,
     /// The node that serves it; none for a node of the mesh, or a plain peer of this node's configuration.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub served_by: Option<NodeName>,
@@ -192,6 +198,21 @@ pub struct Peer {
     pub reason: Option<String>,
     /// Addresses that were tried, and with what result.
     pub tried: Vec<String>,
+}
+
+/// A plain WireGuard peer of the network.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct PlainPeer {
+    /// Its name.
+    pub name: NodeName,
+    /// The node that serves it.
+    pub served_by: NodeName,
+    /// Its WireGuard key.
+    pub public_key: PublicKey,
+    /// Its mesh addresses.
+    pub addresses: Vec<IpNet>,
+    /// Networks behind it.
+    pub routes: Vec<IpNet>,
 }
 
 impl Peer {

@@ -7,7 +7,8 @@ use keystone_mesh_core::kernel::{Desired, Route};
 use keystone_mesh_core::mesh::{Counters, Mesh, Output, with_port};
 use keystone_mesh_core::network::SignedNetwork;
 use keystone_mesh_core::node::{Entry, NodeRecord, SignedApproval};
-use keystone_mesh_core::relay::RelayAddr;
+use keystone_mesh_core::plain_peer::SignedPlainPeer;
+use keystone_mesh_core::relay::{HostPort, RelayAddr};
 use keystone_mesh_core::{DropReason, Via};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -66,6 +67,7 @@ pub(super) struct Driver {
     signed_network: Option<SignedNetwork>,
     relay_changes: watch::Receiver<()>,
     pub(super) relays: Vec<RelayAddr>,
+    names: watch::Sender<Vec<HostPort>>,
     resolved: mpsc::Receiver<Resolved>,
 
     // --- what was done ---
@@ -82,7 +84,8 @@ pub(super) struct Driver {
 impl Driver {
     pub(super) fn new(start: Start, config: Config, mesh: Mesh, local: Local, uplink: Uplink, keeper: Keeper) -> Self {
         let endpoints = config.plain_peers.iter().filter_map(|p| Some((p.config.key, p.endpoint.clone()?))).collect();
-        let (resolved, _) = addresses::start(config.endpoints.clone(), endpoints);
+        let (names, wanted) = watch::channel(Vec::new());
+        let (resolved, _) = addresses::start(config.endpoints.clone(), endpoints, wanted);
         let registry_state = if uplink.registry.is_some() { RegistryState::Waiting } else { RegistryState::None };
         let relay_changes = uplink.relays.changes();
         let saver = Some(Saver::start(start.state.clone()));
@@ -100,6 +103,7 @@ impl Driver {
             signed_network: None,
             relay_changes,
             relays: Vec::new(),
+            names,
             resolved,
             last_seq: 0,
             timeout: None,
@@ -117,13 +121,13 @@ impl Driver {
         let now = Instant::now();
         self.mesh.handle_hints(hints(&self.start.snapshot));
         for peer in &self.config.plain_peers {
-            let endpoint = peer.endpoint.as_ref().and_then(keystone_mesh_core::relay::HostPort::literal);
+            let endpoint = peer.endpoint.as_ref().and_then(HostPort::literal);
             self.mesh.handle_plain_peer(peer.name.clone(), peer.config.clone(), endpoint, now);
         }
-        let Snapshot { network, entries, .. } = std::mem::take(&mut self.start.snapshot);
+        let Snapshot { network, entries, peers, .. } = std::mem::take(&mut self.start.snapshot);
         let expected = self.start.membership.as_ref().map(|membership| membership.network);
         match network {
-            Some(network) if Some(network.get().id) == expected => self.everything(network, entries, now),
+            Some(network) if Some(network.get().id) == expected => self.everything(network, entries, peers, now),
             Some(_) => tracing::warn!("the snapshot is another network's and is not used"),
             None => {}
         }
@@ -224,13 +228,15 @@ impl Driver {
         let now = Instant::now();
         match event {
             Event::Joined(approval) => self.joined(&approval)?,
-            Event::Snapshot { network, entries } => {
+            Event::Snapshot { network, entries, peers } => {
                 (self.registry_state, self.registry_since) = (RegistryState::Current, now);
                 self.registry_heard = true;
-                self.everything(network, entries, now);
+                self.everything(network, entries, peers, now);
             }
             Event::Changed(entry) => self.mesh.handle_entry(*entry, now),
             Event::Removed(name) => self.mesh.handle_removed(&name, now),
+            Event::PeerChanged(peer) => self.mesh.handle_peer(*peer, now),
+            Event::PeerRemoved(name) => self.mesh.handle_peer_removed(&name, now),
             Event::Network(network) => self.network(network, now),
             Event::Observed(seen) => self.mesh.handle_observed(GATEWAY_OBSERVER, seen, now),
             Event::Stale { why } => {
@@ -261,7 +267,7 @@ impl Driver {
         Ok(())
     }
 
-    fn everything(&mut self, network: SignedNetwork, entries: Vec<Entry>, now: Instant) {
+    fn everything(&mut self, network: SignedNetwork, entries: Vec<Entry>, peers: Vec<SignedPlainPeer>, now: Instant) {
         if !self.is_ours(&network) {
             return;
         }
@@ -274,7 +280,7 @@ impl Driver {
                 self.uplink.set_approval(approval);
             }
         }
-        self.mesh.handle_snapshot(network.get().clone(), entries, now);
+        self.mesh.handle_snapshot(network.get().clone(), entries, peers, now);
         self.signed_network = Some(network);
     }
 
@@ -326,6 +332,7 @@ impl Driver {
     fn resolved(&mut self, resolved: Resolved) {
         let now = Instant::now();
         self.mesh.handle_configured_addresses(resolved.own, now);
+        self.mesh.handle_resolved(resolved.names, now);
         for (key, addr) in resolved.plain {
             if let Some(peer) = self.config.plain_peers.iter().find(|peer| peer.config.key == key) {
                 self.mesh.handle_plain_peer(peer.name.clone(), peer.config.clone(), Some(addr), now);
@@ -360,6 +367,7 @@ impl Driver {
                     self.mesh.handle_relay(own, inside, now);
                     self.relays = relays;
                 }
+                Output::Names(names) => drop(self.names.send_replace(names.into_iter().collect())),
                 Output::SetPath { peer, via } => {
                     self.counts.path_changes += 1;
                     // False: the peer went in the same breath, and its removal is the next output.
@@ -430,11 +438,12 @@ impl Driver {
 
     fn save(&self) {
         let Some(saver) = &self.saver else { return };
-        let (_, entries) = self.mesh.known();
+        let (_, entries, peers) = self.mesh.known();
         let live = self.mesh.hints().into_iter().map(|hint| LivePeer { key: hint.peer, direct: hint.direct });
         saver.save(Snapshot {
             network: self.signed_network.clone(),
             entries: entries.cloned().collect(),
+            peers: peers.cloned().collect(),
             live: live.collect(),
         });
     }

@@ -4,15 +4,18 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use keystone_mesh_core::mesh::PeerStatus;
-use keystone_mesh_core::node::Entry;
+use keystone_mesh_core::node::{Entry, NodeName};
 use keystone_mesh_core::path::{Outcome, State, Tried};
+use keystone_mesh_core::plain_peer::SignedPlainPeer;
 use keystone_mesh_core::{NodeId, PublicKey, Via, plan};
 
 use super::driver::{Driver, RegistryState};
 use crate::dataplane::{PeerStats, Stats};
 use crate::quic::relay_client::RelayState;
 use crate::service::data_plane_cpu;
-use crate::status::{Approval, Counts, DataPlane, Handshakes, Node, NodeFault, Peer, Registry, Relay, Status};
+use crate::status::{
+    Approval, Counts, DataPlane, Handshakes, Node, NodeFault, Peer, PlainPeer, Registry, Relay, Status,
+};
 
 pub(super) fn status(driver: &Driver, now: Instant) -> Status {
     let stats = driver.local.plane.stats();
@@ -31,6 +34,7 @@ pub(super) fn status(driver: &Driver, now: Instant) -> Status {
         relays: driver.relays.iter().map(|relay| describe_relay(driver, relay)).collect(),
         registry: registry(driver, now),
         peers,
+        plain_peers: driver.mesh.known().2.map(describe_stated).collect(),
         faults: driver.mesh.faults().iter().map(describe_fault).collect(),
         data_plane: data_plane(driver, &stats),
         counts: Counts {
@@ -109,6 +113,7 @@ fn describe_fault(fault: &plan::Fault) -> NodeFault {
         plan::Fault::NotApproved { name } => (name, "not_approved"),
         plan::Fault::SharedKey { name, .. } => (name, "shared_key"),
         plan::Fault::Overlap { name, .. } => (name, "overlap"),
+        plan::Fault::NotRouted { peer, .. } => (peer, "not_routed"),
     };
     NodeFault { node: node.to_string(), code: code.to_owned(), says: fault.to_string() }
 }
@@ -172,6 +177,11 @@ fn describe_peer(driver: &Driver, peer: &PeerStatus, counted: Option<&PeerStats>
         State::Idle => "idle",
         State::Connecting => "none",
     };
+    // One of this node's configuration is nobody's to serve.
+    let stated = |name: &NodeName| {
+        driver.mesh.known().2.any(|stated| stated.get().public_key == peer.key && stated.get().node == *name)
+    };
+    let served_by = driver.start.name.clone().filter(|name| peer.identity.is_none() && stated(name));
     let last_handshake = counted.and_then(|counted| counted.last_handshake);
     Peer {
         name: peer.name.clone(),
@@ -179,7 +189,8 @@ fn describe_peer(driver: &Driver, peer: &PeerStatus, counted: Option<&PeerStats>
         public_key: peer.key,
         addresses: peer.addresses.clone(),
         routes: peer.routes.clone(),
-        served_by: None,
+        location: peer.location.clone(),
+        served_by,
         path: path.to_owned(),
         via: peer.path.via.map(|via| describe_via(driver, via)),
         rtt_ms: peer.path.rtt.map(millis),
@@ -188,6 +199,17 @@ fn describe_peer(driver: &Driver, peer: &PeerStatus, counted: Option<&PeerStats>
         tx_bytes: counted.map_or(0, |counted| counted.tx_bytes),
         reason: peer.path.reason.as_ref().map(ToString::to_string),
         tried: peer.path.tried.iter().map(|tried| describe_tried(driver, tried)).collect(),
+    }
+}
+
+fn describe_stated(stated: &SignedPlainPeer) -> PlainPeer {
+    let peer = stated.get();
+    PlainPeer {
+        name: peer.name.clone(),
+        served_by: peer.node.clone(),
+        public_key: peer.public_key,
+        addresses: peer.addresses.clone(),
+        routes: peer.routes.clone(),
     }
 }
 

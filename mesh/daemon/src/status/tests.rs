@@ -12,6 +12,7 @@ pub(crate) fn sample() -> Status {
         public_key: secret(byte).wireguard(0).public_key(),
         addresses: vec![format!("10.98.0.{byte}/32").parse().unwrap()],
         routes: vec![],
+        location: None,
         served_by: None,
         path: path.to_owned(),
         via: Some(format!("198.51.100.{byte}:51840")),
@@ -61,6 +62,7 @@ pub(crate) fn sample() -> Status {
             peer(2, "worker-pub", "direct", None),
             peer(3, "worker-sym", "relayed", Some("no answer from 2 addresses")),
         ],
+        plain_peers: vec![],
         faults: vec![NodeFault { node: "worker-odd".into(), code: "record".into(), says: "broken".into() }],
         data_plane: DataPlane {
             up: true,
