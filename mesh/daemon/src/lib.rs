@@ -11,6 +11,7 @@ pub mod dataplane;
 pub mod http;
 pub mod join;
 pub mod kernel;
+pub mod kube_api;
 pub mod lifeline;
 pub mod member;
 pub mod metrics;
