@@ -35,6 +35,14 @@ pub enum FieldError {
         /// What is counted.
         unit: &'static str,
     },
+    /// The statement is of a version that this program does not read.
+    #[error("`{key}`: `{found}` was written by a newer keystone-mesh; upgrade this one to read it")]
+    Newer {
+        /// The field.
+        key: &'static str,
+        /// The version that was found.
+        found: String,
+    },
     /// The signature is not the signer's over these facts.
     #[error("the signature is not that of {signer} over these facts (forged, or changed since)")]
     BadSignature {

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::network::SignedNetwork;
 use crate::node::{Entry, NodeName, SignedApproval, SignedRecord};
+use crate::plain_peer::SignedPlainPeer;
 use crate::token::{TokenId, TokenSecret};
 
 /// The version of this conversation. A gateway answers a higher one with what it knows; a lower one it still speaks.
@@ -63,6 +64,9 @@ pub enum FromGateway {
         network: SignedNetwork,
         /// Every node.
         entries: Vec<Entry>,
+        /// Every plain peer.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        peers: Vec<SignedPlainPeer>,
     },
     /// A node came or changed.
     Changed {
@@ -71,6 +75,16 @@ pub enum FromGateway {
     },
     /// A node went.
     Removed {
+        /// Its name.
+        name: NodeName,
+    },
+    /// A plain peer came or changed.
+    PeerChanged {
+        /// The peer.
+        peer: SignedPlainPeer,
+    },
+    /// A plain peer went.
+    PeerRemoved {
         /// Its name.
         name: NodeName,
     },

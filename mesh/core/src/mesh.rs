@@ -30,9 +30,10 @@ use crate::network::Network;
 use crate::node::{Entry, MAX_ENDPOINTS, NodeName, NodeRecord};
 use crate::path::candidate::usable;
 use crate::path::{self, Candidate, CandidateKind, Nat, Observations, TimeoutReason};
-use crate::plan::{self, Plan};
+use crate::plain_peer::SignedPlainPeer;
+use crate::plan::{self, Member, Plan};
 use crate::probe::{self, KeyHint, Unverified};
-use crate::relay::RelayAddr;
+use crate::relay::{HostPort, RelayAddr};
 
 /// The machine. See the [module](self).
 pub struct Mesh {
@@ -41,6 +42,9 @@ pub struct Mesh {
     // --- what is known ---
     network: Option<Network>,
     entries: BTreeMap<NodeName, Entry>,
+    /// Plain peers that the network states, of every serving node.
+    stated: BTreeMap<NodeName, SignedPlainPeer>,
+    /// Plain peers from this node's own configuration, which win over stated ones.
     plain: BTreeMap<PublicKey, PeerConfig>,
     /// Peers that had a session when this node was last heard of.
     live: BTreeMap<PublicKey, Option<SocketAddr>>,
@@ -48,6 +52,8 @@ pub struct Mesh {
     // --- where this node is ---
     host: Vec<SocketAddr>,
     configured: Vec<SocketAddr>,
+    /// What host names of approvals and stated peers stand for at present.
+    resolved: BTreeMap<HostPort, SocketAddr>,
     observations: Observations,
     relays_up: BTreeSet<NodeId>,
 
@@ -60,6 +66,7 @@ pub struct Mesh {
     deadlines: BTreeSet<(Instant, PublicKey)>,
     published: Option<NodeRecord>,
     relays_told: Vec<RelayAddr>,
+    names_told: BTreeSet<HostPort>,
     kernel_told: Option<(Vec<IpNet>, Vec<IpNet>)>,
     outputs: VecDeque<Output>,
     agents_made: u64,
@@ -77,10 +84,12 @@ impl Mesh {
             own,
             network: None,
             entries: BTreeMap::new(),
+            stated: BTreeMap::new(),
             plain: BTreeMap::new(),
             live: BTreeMap::new(),
             host: Vec::new(),
             configured: Vec::new(),
+            resolved: BTreeMap::new(),
             observations: Observations::default(),
             relays_up: BTreeSet::new(),
             plan: Plan::default(),
@@ -91,6 +100,7 @@ impl Mesh {
             deadlines: BTreeSet::new(),
             published: None,
             relays_told: Vec::new(),
+            names_told: BTreeSet::new(),
             kernel_told: None,
             outputs: VecDeque::new(),
             agents_made: 0,
@@ -122,8 +132,15 @@ impl Mesh {
     }
 
     /// Everything that the registry knows; what it does not name is gone.
-    pub fn handle_snapshot(&mut self, network: Network, entries: impl IntoIterator<Item = Entry>, now: Instant) {
+    pub fn handle_snapshot(
+        &mut self,
+        network: Network,
+        entries: impl IntoIterator<Item = Entry>,
+        peers: impl IntoIterator<Item = SignedPlainPeer>,
+        now: Instant,
+    ) {
         self.entries = entries.into_iter().map(|entry| (entry.name().clone(), entry)).collect();
+        self.stated = peers.into_iter().map(|peer| (peer.get().name.clone(), peer)).collect();
         self.set_network(network);
         self.replan(now);
     }
@@ -131,13 +148,10 @@ impl Mesh {
     /// A node came or changed.
     pub fn handle_entry(&mut self, entry: Entry, now: Instant) {
         let name = entry.name().clone();
-        let older = |known: &Entry| {
-            let (known_seq, seq) = (known.record.get().seq, entry.record.get().seq);
-            known.record.get().identity == entry.record.get().identity && known_seq > seq
+        let entry = match self.entries.get(&name) {
+            Some(known) => known.clone().succeeded_by(entry),
+            None => entry,
         };
-        if self.entries.get(&name).is_some_and(older) {
-            return;
-        }
         if self.entries.insert(name.clone(), entry).as_ref() != self.entries.get(&name) {
             self.replan(now);
         }
@@ -146,6 +160,22 @@ impl Mesh {
     /// A node went.
     pub fn handle_removed(&mut self, name: &NodeName, now: Instant) {
         if self.entries.remove(name).is_some() {
+            self.replan(now);
+        }
+    }
+
+    /// A plain peer of the network came or changed.
+    pub fn handle_peer(&mut self, peer: SignedPlainPeer, now: Instant) {
+        let name = peer.get().name.clone();
+        if self.stated.get(&name).is_none_or(|known| known.get().serial < peer.get().serial) {
+            self.stated.insert(name, peer);
+            self.replan(now);
+        }
+    }
+
+    /// A plain peer of the network went.
+    pub fn handle_peer_removed(&mut self, name: &NodeName, now: Instant) {
+        if self.stated.remove(name).is_some() {
             self.replan(now);
         }
     }
@@ -183,6 +213,20 @@ impl Mesh {
         if self.configured != addresses {
             self.configured = addresses;
             self.relocate(now);
+        }
+    }
+
+    /// What the names of [`Output::Names`] stand for at present. A name that is missing keeps its last address: a
+    /// resolver that is away for a minute must not cost a way that works.
+    pub fn handle_resolved(&mut self, found: impl IntoIterator<Item = (HostPort, SocketAddr)>, now: Instant) {
+        let mut changed = false;
+        for (host, addr) in found {
+            if self.names_told.contains(&host) {
+                changed |= self.resolved.insert(host, addr) != Some(addr);
+            }
+        }
+        if changed {
+            self.refresh_peers(now);
         }
     }
 
@@ -352,8 +396,8 @@ impl Mesh {
     }
 
     /// What a snapshot keeps of the registry.
-    pub fn known(&self) -> (Option<&Network>, impl Iterator<Item = &Entry>) {
-        (self.network.as_ref(), self.entries.values())
+    pub fn known(&self) -> (Option<&Network>, impl Iterator<Item = &Entry>, impl Iterator<Item = &SignedPlainPeer>) {
+        (self.network.as_ref(), self.entries.values(), self.stated.values())
     }
 
     /// What a snapshot keeps of the peers.
@@ -367,24 +411,25 @@ impl Mesh {
     fn set_network(&mut self, network: Network) {
         let excluded = network.prefixes().into_iter().chain(self.own.addresses.iter().copied()).collect();
         self.path_config = Arc::new(path::Config { excluded, ..path::Config::clone(&self.path_config) });
-        if self.relays_told != network.relays {
-            self.relays_told.clone_from(&network.relays);
-            self.outputs.push_back(Output::Relays(network.relays.clone()));
-        }
         self.network = Some(network);
     }
 
     fn replan(&mut self, now: Instant) {
         let Some(network) = &self.network else { return };
-        let before: BTreeMap<PublicKey, PeerConfig> = self
-            .peers
-            .iter()
-            .filter(|(_, peer)| peer.is_member())
-            .map(|(key, peer)| (*key, peer.config.clone()))
-            .collect();
-        self.plan = plan::plan(self.own.identity, network, &self.entries);
-        let after = self.plan.members.iter().map(|(key, member)| (*key, member.config.clone())).collect();
-        let ops = plan::diff(&before, &after);
+        let before = std::mem::take(&mut self.plan);
+        self.plan = plan::plan(self.own.identity, network, &self.entries, &self.stated);
+        let configured = |key: &PublicKey| self.plain.contains_key(key);
+        let by_key = |plan: &Plan| -> BTreeMap<PublicKey, PeerConfig> {
+            let configs = plan.configs().filter(|config| !configured(&config.key));
+            configs.map(|config| (config.key, config.clone())).collect()
+        };
+        let (mut old, new) = (by_key(&before), by_key(&self.plan));
+        // A node's key that has become a plain peer's, or the reverse, is another peer altogether.
+        let other_kind = |key: &PublicKey| before.members.contains_key(key) != self.plan.members.contains_key(key);
+        let mut ops: Vec<PeerOp> =
+            old.keys().filter(|key| new.contains_key(key) && other_kind(key)).map(|key| PeerOp::Remove(*key)).collect();
+        old.retain(|key, _| !ops.contains(&PeerOp::Remove(*key)));
+        ops.extend(plan::diff(&old, &new));
         for op in &ops {
             match op {
                 PeerOp::Remove(key) => self.forget(key),
@@ -394,8 +439,10 @@ impl Mesh {
         if !ops.is_empty() {
             self.outputs.push_back(Output::Peers(ops));
         }
+        self.tell_relays();
+        self.tell_names();
         self.tell_kernel();
-        self.refresh_members(now);
+        self.refresh_peers(now);
         self.relocate(now);
         self.outputs.push_back(Output::Save);
     }
@@ -416,6 +463,11 @@ impl Mesh {
             peer.config = config;
             return;
         }
+        let last = self.live.get(&key).copied();
+        if self.plan.served.contains_key(&key) {
+            self.peers.insert(key, Peer::plain(String::new(), config, last.flatten(), last.is_some()));
+            return;
+        }
         let mut agent = path::PathAgent::new(self.path_config.clone(), self.fresh_seed());
         agent.set_local(self.local.clone(), now);
         if let Some(Some(direct)) = self.live.get(&key) {
@@ -427,16 +479,28 @@ impl Mesh {
         self.peers.insert(key, Peer::member(config, agent, called));
     }
 
-    /// Gives every member's agent what its record says.
-    fn refresh_members(&mut self, now: Instant) {
+    /// Gives every peer's path what is known of where the peer is.
+    fn refresh_peers(&mut self, now: Instant) {
         let control_plane = self.network.as_ref().map(|network| network.id);
-        let keys: Vec<PublicKey> = self.plan.members.keys().copied().collect();
+        let keys: Vec<PublicKey> = self.plan.configs().map(|config| config.key).collect();
         for key in keys {
-            let (Some(member), Some(peer)) = (self.plan.members.get(&key), self.peers.get_mut(&key)) else { continue };
-            peer.name = member.name.to_string();
-            if let Way::Agent(agent) = &mut peer.way {
-                agent.set_config(self.path_config.clone());
-                agent.set_remote(&member.candidates, now);
+            let Some(peer) = self.peers.get_mut(&key) else { continue };
+            match &mut peer.way {
+                Way::Agent(agent) => {
+                    let Some(member) = self.plan.members.get(&key) else { continue };
+                    peer.name = member.name.to_string();
+                    agent.set_config(self.path_config.clone());
+                    let forced = forced(member, &self.resolved, &self.path_config.excluded);
+                    agent.set_remote(&path::candidate::with_forced(forced, &member.candidates), now);
+                }
+                Way::Plain(path) => {
+                    // A configured peer's is set where the configuration says so.
+                    let Some(served) = self.plan.served.get(&key).filter(|_| !self.plain.contains_key(&key)) else {
+                        continue;
+                    };
+                    peer.name = served.name.to_string();
+                    path.set_endpoint(served.endpoint.as_ref().and_then(|host| address_of(host, &self.resolved)));
+                }
             }
             self.set_relays(key, now);
             if let Some(Peer { way: Way::Agent(agent), config, wanted, fresh, .. }) = self.peers.get_mut(&key)
@@ -489,7 +553,7 @@ impl Mesh {
     fn publish(&mut self) {
         let Some(name) = &self.own.name else { return };
         let relays = match &self.network {
-            Some(network) => network.relays.iter().map(|relay| relay.id).collect(),
+            Some(_) => self.relays().iter().map(|relay| relay.id).collect(),
             None => self.own.relays.clone(),
         };
         let record = NodeRecord {
@@ -505,6 +569,31 @@ impl Mesh {
         if self.published.as_ref() != Some(&record) {
             self.published = Some(record.clone());
             self.outputs.push_back(Output::Publish(record));
+        }
+    }
+
+    /// The network's relays that this node listens on. Where people name none that the network has, it is all of them: a
+    /// slip must not cut the node off.
+    fn relays(&self) -> Vec<RelayAddr> {
+        let all = self.network.as_ref().map_or(&[][..], |network| &network.relays);
+        let named: Vec<RelayAddr> = all.iter().filter(|relay| self.plan.relays.contains(&relay.id)).cloned().collect();
+        if named.is_empty() { all.to_vec() } else { named }
+    }
+
+    fn tell_relays(&mut self) {
+        let relays = self.relays();
+        if self.relays_told != relays {
+            self.relays_told.clone_from(&relays);
+            self.outputs.push_back(Output::Relays(relays));
+        }
+    }
+
+    fn tell_names(&mut self) {
+        let names = self.plan.names();
+        if self.names_told != names {
+            self.resolved.retain(|host, _| names.contains(host));
+            self.names_told.clone_from(&names);
+            self.outputs.push_back(Output::Names(names));
         }
     }
 
@@ -573,6 +662,17 @@ impl Mesh {
             .expect("16 bytes are within HKDF-SHA256's limit of 255 blocks");
         seed
     }
+}
+
+/// Where people say that a member is reached.
+fn forced(member: &Member, resolved: &BTreeMap<HostPort, SocketAddr>, own: &[IpNet]) -> Vec<Candidate> {
+    let addrs = member.forced.iter().filter_map(|host| address_of(host, resolved));
+    let usable = addrs.filter(|addr| usable(addr.ip(), own));
+    usable.map(|addr| Candidate { kind: CandidateKind::Configured, addr }).collect()
+}
+
+fn address_of(host: &HostPort, resolved: &BTreeMap<HostPort, SocketAddr>) -> Option<SocketAddr> {
+    host.literal().or_else(|| resolved.get(host).copied())
 }
 
 /// The socket addresses that a host's addresses make with the mesh's port.

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::facts::{Facts, FieldError, Malformed, Reader, serde_as_facts};
 use crate::io::excerpt;
-use crate::key::{Identity, NodeId, PublicKey, Signature, serde_as_text};
+use crate::key::{Identity, NodeId, PrivateKey, PublicKey, Signature, serde_as_text};
 use crate::path::{Candidate, Nat};
 use crate::relay::address::HostPort;
 
@@ -27,6 +27,8 @@ pub const MAX_ENDPOINTS: usize = 16;
 pub const MAX_RELAYS: usize = 4;
 /// Most forced endpoints in an approval.
 pub const MAX_FORCED: usize = 4;
+/// Most mesh addresses of one node.
+pub const MAX_ADDRESSES: usize = 8;
 /// Most routes in a record or approval.
 pub const MAX_ROUTES: usize = 64;
 
@@ -117,8 +119,17 @@ impl NodeRecord {
     /// Signs the record. The identity must be the one that the record names.
     pub fn sign(self, identity: &Identity) -> SignedRecord {
         assert_eq!(self.identity, identity.id(), "a node signs only its own record");
-        let signature = self.facts().sign(RECORD_KIND, identity);
-        SignedRecord { record: self, signature }
+        let unsigned = SignedRecord { record: self, key_proof: None, signature: Signature::from_bytes([0; 64]) };
+        unsigned.sign(identity)
+    }
+
+    /// Signs the record, with proof that the node has the WireGuard key that it shows. Readers ask for it where two
+    /// nodes show one key.
+    pub fn sign_with_key(self, identity: &Identity, key: &PrivateKey) -> SignedRecord {
+        assert_eq!(self.identity, identity.id(), "a node signs only its own record");
+        assert_eq!(self.public_key, key.public_key(), "a node proves only the key that it shows");
+        let key_proof = Some(key.prove(self.identity));
+        SignedRecord { record: self, key_proof, signature: Signature::from_bytes([0; 64]) }.sign(identity)
     }
 
     /// Whether two records differ in anything but their sequence number.
@@ -131,6 +142,7 @@ impl NodeRecord {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SignedRecord {
     record: NodeRecord,
+    key_proof: Option<Signature>,
     signature: Signature,
 }
 
@@ -140,9 +152,24 @@ impl SignedRecord {
         &self.record
     }
 
+    /// Whether the node has proved that the WireGuard key is its own.
+    pub fn proves_its_key(&self) -> bool {
+        let NodeRecord { identity, public_key, .. } = self.record;
+        self.key_proof.is_some_and(|proof| public_key.is_proved(identity, &proof))
+    }
+
     /// The facts with their signature, as stored and sent.
     pub fn to_map(&self) -> BTreeMap<String, String> {
-        self.record.facts().into_map("signature", &self.signature)
+        self.facts().into_map("signature", &self.signature)
+    }
+
+    fn facts(&self) -> Facts {
+        self.record.facts().set_list("key-proof", self.key_proof.as_slice())
+    }
+
+    fn sign(mut self, identity: &Identity) -> Self {
+        self.signature = self.facts().sign(RECORD_KIND, identity);
+        self
     }
 
     /// Reads and verifies [`SignedRecord::to_map`]'s form. Unknown keys are ignored: they are not signed.
@@ -151,6 +178,7 @@ impl SignedRecord {
         let name = reader.required("name");
         let identity = reader.required("identity");
         let public_key = reader.required("public-key");
+        let key_proof = reader.optional("key-proof");
         let endpoints = reader.list("endpoints", MAX_ENDPOINTS);
         let nat = reader.optional("nat").unwrap_or_default();
         let relays = reader.list("relay", MAX_RELAYS);
@@ -168,10 +196,10 @@ impl SignedRecord {
                 routes,
                 seq: seq?,
             };
-            Some(Self { record, signature: signature? })
+            Some(Self { record, key_proof, signature: signature? })
         })();
-        if let Some(Self { record, signature }) = &signed
-            && let Err(error) = record.facts().verify(RECORD_KIND, record.identity, signature)
+        if let Some(signed) = &signed
+            && let Err(error) = signed.facts().verify(RECORD_KIND, signed.record.identity, &signed.signature)
         {
             reader.fault(error);
         }
@@ -299,19 +327,13 @@ impl SignedApproval {
         let network = reader.required("network");
         let name = reader.required("name");
         let identity = reader.required("approved");
-        let addresses: Vec<IpNet> = reader.list("addresses", 8);
+        let addresses = read_addresses(&mut reader);
         let routes = reader.list("routes", MAX_ROUTES);
         let endpoints = reader.list("approved-endpoints", MAX_FORCED);
         let relays = reader.list("approved-relays", MAX_RELAYS);
         let location = reader.optional("approved-location");
         let serial = reader.required("approval-serial");
         let signature = reader.required("approval-signature");
-        if addresses.iter().any(|net| net.prefix_len() != net.max_prefix_len()) {
-            reader.fault(FieldError::Invalid {
-                key: "addresses",
-                why: "expected full-length prefixes, /32 or /128".into(),
-            });
-        }
         let signed = (|| {
             let approval = Approval {
                 network: network?,
@@ -335,6 +357,16 @@ impl SignedApproval {
     }
 }
 
+/// Mesh addresses, each a full-length prefix.
+pub(crate) fn read_addresses(reader: &mut Reader<'_>) -> Vec<IpNet> {
+    let addresses: Vec<IpNet> = reader.list("addresses", MAX_ADDRESSES);
+    if addresses.iter().any(|net| net.prefix_len() != net.max_prefix_len()) {
+        let why = "expected full-length prefixes, /32 or /128".into();
+        reader.fault(FieldError::Invalid { key: "addresses", why });
+    }
+    addresses
+}
+
 serde_as_facts!(SignedRecord, SignedApproval);
 
 /// A node as a registry knows it.
@@ -351,6 +383,24 @@ impl Entry {
     /// The node's name.
     pub fn name(&self) -> &NodeName {
         &self.record.get().name
+    }
+
+    /// What counts of this and of what came after it: of one identity's records the one with the higher sequence number,
+    /// of one network's approvals of it the one with the higher serial.
+    pub fn succeeded_by(self, next: Self) -> Self {
+        if self.record.get().identity != next.record.get().identity {
+            return next;
+        }
+        let keeps_record = self.record.get().seq > next.record.get().seq;
+        let approval = match (self.approval, next.approval) {
+            (Some(known), Some(next)) => {
+                let (a, b) = (known.get(), next.get());
+                let keeps = a.network == b.network && a.identity == b.identity && a.serial > b.serial;
+                Some(if keeps { known } else { next })
+            }
+            (_, next) => next,
+        };
+        Self { record: if keeps_record { self.record } else { next.record }, approval }
     }
 
     /// The approval where it is one of `network` for the very identity that signed the record under this name.

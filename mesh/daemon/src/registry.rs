@@ -16,6 +16,7 @@ use std::pin::Pin;
 use keystone_mesh_core::gateway::Refusal;
 use keystone_mesh_core::network::SignedNetwork;
 use keystone_mesh_core::node::{Entry, NodeName, SignedApproval, SignedRecord};
+use keystone_mesh_core::plain_peer::SignedPlainPeer;
 
 /// What a registry tells.
 #[derive(Clone, Debug)]
@@ -28,11 +29,17 @@ pub enum Event {
         network: SignedNetwork,
         /// Every node.
         entries: Vec<Entry>,
+        /// Every plain peer.
+        peers: Vec<SignedPlainPeer>,
     },
     /// A node came or changed.
     Changed(Box<Entry>),
     /// A node went.
     Removed(NodeName),
+    /// A plain peer came or changed.
+    PeerChanged(Box<SignedPlainPeer>),
+    /// A plain peer went.
+    PeerRemoved(NodeName),
     /// The network's document changed.
     Network(SignedNetwork),
     /// This node's address as the gateway sees it.

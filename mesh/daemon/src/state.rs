@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use keystone_mesh_core::network::SignedNetwork;
 use keystone_mesh_core::node::{Entry, NodeName, SignedApproval};
+use keystone_mesh_core::plain_peer::SignedPlainPeer;
 use keystone_mesh_core::relay::address::Rendezvous;
 use keystone_mesh_core::{NodeId, PublicKey, Secret};
 use serde::de::DeserializeOwned;
@@ -80,6 +81,9 @@ pub struct Snapshot {
     pub network: Option<SignedNetwork>,
     /// Every node that was known; signatures are verified again when the file is read.
     pub entries: Vec<Entry>,
+    /// Every plain peer of the network.
+    #[serde(default)]
+    pub peers: Vec<SignedPlainPeer>,
     /// Peers with a session, and where each was last reached directly.
     pub live: Vec<LivePeer>,
 }

@@ -68,13 +68,6 @@ impl Peer {
         }
     }
 
-    pub(super) fn is_member(&self) -> bool {
-        match self.way {
-            Way::Agent(_) => true,
-            Way::Plain(_) => false,
-        }
-    }
-
     pub(super) fn poll(&mut self, now: Instant) -> path::Output {
         match &mut self.way {
             Way::Agent(agent) => agent.poll_output(now),
@@ -111,13 +104,19 @@ impl Peer {
             Way::Agent(agent) => agent.status(now),
             Way::Plain(path) => path.status(),
         };
-        let member = plan.members.get(&key);
+        let (member, served) = (plan.members.get(&key), plan.served.get(&key));
+        let (addresses, routes) = match (member, served) {
+            (Some(member), _) => (member.addresses.clone(), member.routes.clone()),
+            (None, Some(served)) => (served.addresses.clone(), served.routes.clone()),
+            (None, None) => (Vec::new(), self.config.allowed_ips.clone()),
+        };
         PeerStatus {
             name: self.name.clone(),
             identity: self.config.identity,
             key,
-            addresses: member.map_or_else(Vec::new, |member| member.addresses.clone()),
-            routes: member.map_or_else(|| self.config.allowed_ips.clone(), |member| member.routes.clone()),
+            addresses,
+            routes,
+            location: member.and_then(|member| member.location.clone()),
             path,
         }
     }

@@ -1,5 +1,6 @@
 //! What goes into the [machine](super) and what comes out of it.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::Instant;
 
@@ -7,10 +8,10 @@ use ipnet::IpNet;
 
 use crate::io::{PeerOp, Via};
 use crate::key::{NodeId, PrivateKey, PublicKey};
-use crate::node::{NodeName, NodeRecord};
+use crate::node::{Location, NodeName, NodeRecord};
 use crate::path::{self, TimeoutReason};
 use crate::probe;
-use crate::relay::RelayAddr;
+use crate::relay::{HostPort, RelayAddr};
 
 /// Who this node is, and what does not change while it runs.
 #[derive(Clone, Debug)]
@@ -47,6 +48,9 @@ pub enum Output {
     },
     /// Keep connections to these relays, and to no others.
     Relays(Vec<RelayAddr>),
+    /// Keep these host names resolved, and no others: the answer is
+    /// [`Mesh::handle_resolved`](super::Mesh::handle_resolved), whenever it changes.
+    Names(BTreeSet<HostPort>),
     /// Send the peer's packets this way; none: nowhere.
     SetPath {
         /// The peer.
@@ -106,6 +110,8 @@ pub struct PeerStatus {
     pub addresses: Vec<IpNet>,
     /// Networks behind it.
     pub routes: Vec<IpNet>,
+    /// Where people say that it stands.
+    pub location: Option<Location>,
     /// Its path.
     pub path: path::Status,
 }

@@ -96,6 +96,13 @@ pub fn usable(addr: IpAddr, own: &[IpNet]) -> bool {
     !excluded && !own.iter().any(|net| net.contains(&addr))
 }
 
+/// A peer's candidates with those that people force, which come first and are not repeated.
+pub(crate) fn with_forced(mut forced: Vec<Candidate>, recorded: &[Candidate]) -> Vec<Candidate> {
+    let named: Vec<SocketAddr> = forced.iter().map(|candidate| candidate.addr).collect();
+    forced.extend(recorded.iter().filter(|candidate| !named.contains(&candidate.addr)));
+    forced
+}
+
 /// At most `limit` of the candidates, one of each kind in turn, in the order of `kinds`: a node with twenty interfaces
 /// must not crowd out its one reflexive address.
 pub(crate) fn spread(candidates: &[Candidate], kinds: [CandidateKind; 3], limit: usize) -> Vec<Candidate> {

@@ -1,11 +1,11 @@
-//! Host names in the configuration, resolved and kept resolved: a home connection's address changes.
+//! Host names in the configuration and in approvals, resolved and kept resolved: a home connection's address changes.
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use keystone_mesh_core::PublicKey;
 use keystone_mesh_core::relay::HostPort;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 /// Between two looks. Dynamic DNS entries live about a minute.
@@ -18,37 +18,49 @@ const RETRY: Duration = Duration::from_secs(5);
 pub(super) struct Resolved {
     /// This node's configured endpoints.
     pub(super) own: Vec<SocketAddr>,
-    /// Plain peers' endpoints.
+    /// Configured plain peers' endpoints.
     pub(super) plain: Vec<(PublicKey, SocketAddr)>,
+    /// Names that the machine wants resolved.
+    pub(super) names: Vec<(HostPort, SocketAddr)>,
 }
 
-/// Resolves for ever; the task ends when the receiver does.
+/// Resolves for ever; the task ends when the receiver does. `names` are what the machine wants at present.
 pub(super) fn start(
     own: Vec<HostPort>,
     plain: Vec<(PublicKey, HostPort)>,
+    mut names: watch::Receiver<Vec<HostPort>>,
 ) -> (mpsc::Receiver<Resolved>, JoinHandle<()>) {
     let (tell, resolved) = mpsc::channel(1);
+    let configured = own.iter().chain(plain.iter().map(|(_, host)| host)).any(|host| host.literal().is_none());
     let task = tokio::spawn(async move {
         let mut told = None;
         loop {
-            let (found, complete) = resolve(&own, &plain).await;
+            let wanted = names.borrow_and_update().clone();
+            let (found, complete) = resolve(&own, &plain, &wanted).await;
             if told.as_ref() != Some(&found) {
                 told = Some(found.clone());
                 if tell.send(found).await.is_err() {
                     return;
                 }
             }
-            let names = own.iter().chain(plain.iter().map(|(_, host)| host)).any(|host| host.literal().is_none());
-            if !names {
+            let pause = match (configured || !wanted.is_empty(), complete) {
+                (false, _) => None,
+                (true, true) => Some(PERIOD),
+                (true, false) => Some(RETRY),
+            };
+            let changed = match pause {
+                Some(pause) => tokio::time::timeout(pause, names.changed()).await,
+                None => Ok(names.changed().await),
+            };
+            if let Ok(Err(_)) = changed {
                 return;
             }
-            tokio::time::sleep(if complete { PERIOD } else { RETRY }).await;
         }
     });
     (resolved, task)
 }
 
-async fn resolve(own: &[HostPort], plain: &[(PublicKey, HostPort)]) -> (Resolved, bool) {
+async fn resolve(own: &[HostPort], plain: &[(PublicKey, HostPort)], names: &[HostPort]) -> (Resolved, bool) {
     let mut resolved = Resolved::default();
     let mut complete = true;
     for host in own {
@@ -60,6 +72,12 @@ async fn resolve(own: &[HostPort], plain: &[(PublicKey, HostPort)]) -> (Resolved
     for (key, host) in plain {
         match lookup(host).await {
             Some(addr) => resolved.plain.push((*key, addr)),
+            None => complete = false,
+        }
+    }
+    for host in names {
+        match lookup(host).await {
+            Some(addr) => resolved.names.push((host.clone(), addr)),
             None => complete = false,
         }
     }

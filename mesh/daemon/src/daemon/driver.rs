@@ -7,7 +7,8 @@ use keystone_mesh_core::kernel::{Desired, Route};
 use keystone_mesh_core::mesh::{Counters, Mesh, Output, with_port};
 use keystone_mesh_core::network::SignedNetwork;
 use keystone_mesh_core::node::{Entry, NodeRecord, SignedApproval};
-use keystone_mesh_core::relay::RelayAddr;
+use keystone_mesh_core::plain_peer::SignedPlainPeer;
+use keystone_mesh_core::relay::{HostPort, RelayAddr};
 use keystone_mesh_core::{DropReason, Via};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -61,6 +62,7 @@ pub(super) struct Driver {
     signed_network: Option<SignedNetwork>,
     relay_changes: watch::Receiver<()>,
     pub(super) relays: Vec<RelayAddr>,
+    names: watch::Sender<Vec<HostPort>>,
     resolved: mpsc::Receiver<Resolved>,
 
     // --- what was done ---
@@ -75,7 +77,8 @@ pub(super) struct Driver {
 impl Driver {
     pub(super) fn new(start: Start, config: Config, mesh: Mesh, local: Local, uplink: Uplink, keeper: Keeper) -> Self {
         let endpoints = config.plain_peers.iter().filter_map(|p| Some((p.config.key, p.endpoint.clone()?))).collect();
-        let (resolved, _) = addresses::start(config.endpoints.clone(), endpoints);
+        let (names, wanted) = watch::channel(Vec::new());
+        let (resolved, _) = addresses::start(config.endpoints.clone(), endpoints, wanted);
         let registry_state = if uplink.registry.is_some() { RegistryState::Waiting } else { RegistryState::None };
         let relay_changes = uplink.relays.changes();
         let saver = Some(Saver::start(start.state.clone()));
@@ -90,6 +93,7 @@ impl Driver {
             signed_network: None,
             relay_changes,
             relays: Vec::new(),
+            names,
             resolved,
             last_seq: 0,
             timeout: None,
@@ -105,13 +109,13 @@ impl Driver {
         let now = Instant::now();
         self.mesh.handle_hints(hints(&self.start.snapshot));
         for peer in &self.config.plain_peers {
-            let endpoint = peer.endpoint.as_ref().and_then(keystone_mesh_core::relay::HostPort::literal);
+            let endpoint = peer.endpoint.as_ref().and_then(HostPort::literal);
             self.mesh.handle_plain_peer(peer.name.clone(), peer.config.clone(), endpoint, now);
         }
-        let Snapshot { network, entries, .. } = std::mem::take(&mut self.start.snapshot);
+        let Snapshot { network, entries, peers, .. } = std::mem::take(&mut self.start.snapshot);
         let expected = self.start.membership.as_ref().map(|membership| membership.network);
         match network {
-            Some(network) if Some(network.get().id) == expected => self.everything(network, entries, now),
+            Some(network) if Some(network.get().id) == expected => self.everything(network, entries, peers, now),
             Some(_) => tracing::warn!("the snapshot is another network's and is not used"),
             None => {}
         }
@@ -199,12 +203,14 @@ impl Driver {
         let now = Instant::now();
         match event {
             Event::Joined(approval) => self.joined(&approval)?,
-            Event::Snapshot { network, entries } => {
+            Event::Snapshot { network, entries, peers } => {
                 self.registry_state = RegistryState::Current;
-                self.everything(network, entries, now);
+                self.everything(network, entries, peers, now);
             }
             Event::Changed(entry) => self.mesh.handle_entry(*entry, now),
             Event::Removed(name) => self.mesh.handle_removed(&name, now),
+            Event::PeerChanged(peer) => self.mesh.handle_peer(*peer, now),
+            Event::PeerRemoved(name) => self.mesh.handle_peer_removed(&name, now),
             Event::Network(network) => self.network(network, now),
             Event::Observed(seen) => self.mesh.handle_observed(GATEWAY_OBSERVER, seen, now),
             Event::Stale { why } => {
@@ -233,7 +239,7 @@ impl Driver {
         Ok(())
     }
 
-    fn everything(&mut self, network: SignedNetwork, entries: Vec<Entry>, now: Instant) {
+    fn everything(&mut self, network: SignedNetwork, entries: Vec<Entry>, peers: Vec<SignedPlainPeer>, now: Instant) {
         if !self.is_ours(&network) {
             return;
         }
@@ -246,7 +252,7 @@ impl Driver {
                 self.uplink.set_approval(approval);
             }
         }
-        self.mesh.handle_snapshot(network.get().clone(), entries, now);
+        self.mesh.handle_snapshot(network.get().clone(), entries, peers, now);
         self.signed_network = Some(network);
     }
 
@@ -298,6 +304,7 @@ impl Driver {
     fn resolved(&mut self, resolved: Resolved) {
         let now = Instant::now();
         self.mesh.handle_configured_addresses(resolved.own, now);
+        self.mesh.handle_resolved(resolved.names, now);
         for (key, addr) in resolved.plain {
             if let Some(peer) = self.config.plain_peers.iter().find(|peer| peer.config.key == key) {
                 self.mesh.handle_plain_peer(peer.name.clone(), peer.config.clone(), Some(addr), now);
@@ -332,6 +339,7 @@ impl Driver {
                     self.mesh.handle_relay(own, inside, now);
                     self.relays = relays;
                 }
+                Output::Names(names) => drop(self.names.send_replace(names.into_iter().collect())),
                 Output::SetPath { peer, via } => {
                     // False: the peer went in the same breath, and its removal is the next output.
                     tracing::debug!(%peer, via = via.map(tracing::field::display), "path");
@@ -384,17 +392,19 @@ impl Driver {
         self.last_seq = unix_now_ms().max(self.last_seq + 1);
         let record = NodeRecord { seq: self.last_seq, ..record };
         if let Some(registry) = &mut self.uplink.registry {
-            registry.publish(record.sign(&self.start.secret.identity()));
+            let key = self.config.private_key.clone().unwrap_or_else(|| self.start.secret.wireguard(0));
+            registry.publish(record.sign_with_key(&self.start.secret.identity(), &key));
         }
     }
 
     fn save(&self) {
         let Some(saver) = &self.saver else { return };
-        let (_, entries) = self.mesh.known();
+        let (_, entries, peers) = self.mesh.known();
         let live = self.mesh.hints().into_iter().map(|hint| LivePeer { key: hint.peer, direct: hint.direct });
         saver.save(Snapshot {
             network: self.signed_network.clone(),
             entries: entries.cloned().collect(),
+            peers: peers.cloned().collect(),
             live: live.collect(),
         });
     }

@@ -257,9 +257,11 @@ impl Session {
                 self.invitation = None;
                 Event::Joined(approval)
             }
-            FromGateway::Snapshot { network, entries } => Event::Snapshot { network, entries },
+            FromGateway::Snapshot { network, entries, peers } => Event::Snapshot { network, entries, peers },
             FromGateway::Changed { entry } => Event::Changed(Box::new(entry)),
             FromGateway::Removed { name } => Event::Removed(name),
+            FromGateway::PeerChanged { peer } => Event::PeerChanged(Box::new(peer)),
+            FromGateway::PeerRemoved { name } => Event::PeerRemoved(name),
             FromGateway::Network { network } => Event::Network(network),
             FromGateway::Observed { address } => Event::Observed(address),
             FromGateway::Published { .. } | FromGateway::Left => return None,

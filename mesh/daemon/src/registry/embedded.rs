@@ -29,7 +29,7 @@ impl EmbeddedRegistry {
         let (network, entries, changes) = self.store.watch();
         self.changes = changes;
         self.told_everything = true;
-        Event::Snapshot { network, entries }
+        Event::Snapshot { network, entries, peers: Vec::new() }
     }
 }
 

@@ -192,7 +192,7 @@ impl Gateway {
         output: &mut (impl AsyncWrite + Unpin),
     ) -> Result<broadcast::Receiver<Change>, StreamError> {
         let (network, entries, changes) = self.store.watch();
-        say(output, &FromGateway::Snapshot { network, entries }).await?;
+        say(output, &FromGateway::Snapshot { network, entries, peers: Vec::new() }).await?;
         Ok(changes)
     }
 
