@@ -38,8 +38,10 @@ impl Image {
         let mut image = Self::default();
         let program = tool::find("busybox").context("busybox is not installed (package busybox)")?;
         image.add_program(&program, "/bin/busybox")?;
-        let names =
-            ["sh", "sleep", "cat", "echo", "ip", "ls", "nc", "ping", "wget", "id", "mount", "env", "true", "date"];
+        let names = [
+            "sh", "sleep", "cat", "echo", "hostname", "ip", "ls", "nc", "ping", "wget", "id", "mount", "env", "true",
+            "date",
+        ];
         for name in names {
             image.add(&Path::new("/bin").join(name), 0o777, &Kind::Link("busybox"));
         }

@@ -12,7 +12,6 @@ use std::{env, io};
 
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
-use keystone_lab::preflight;
 use keystone_lab::sandbox::{self, Sandbox};
 use scenario::{Options, Scenario};
 
@@ -93,9 +92,13 @@ fn run(cli: Cli) -> Result<ExitCode> {
 
 /// Runs this program again, with the same arguments, where nothing can be left behind.
 fn enter_sandbox(scenario: Scenario) -> Result<ExitCode> {
-    preflight::ensure(&scenario.tools())?;
+    scenario.prepare()?;
     let arguments: Vec<OsString> = env::args_os().skip(1).collect();
-    let status = Sandbox::enter(arguments)?.wait_or_interrupt()?;
+    let status = Sandbox::enter(arguments)?.wait_or_interrupt();
+    if scenario == Scenario::Kubernetes {
+        keystone_kubelab::sweep();
+    }
+    let status = status?;
     Ok(ExitCode::from(u8::try_from(sandbox::exit_code(status)).unwrap_or(1)))
 }
 

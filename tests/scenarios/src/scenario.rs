@@ -5,6 +5,7 @@ mod curtain;
 mod home_and_cloud;
 mod join;
 mod joins;
+mod kubernetes;
 mod nats;
 mod outage;
 mod stage;
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use clap::ValueEnum;
+use keystone_kubelab::{Assets, NODE_TOOLS};
 use serde_json::{Value, json};
 
 use crate::story::Story;
@@ -35,6 +37,8 @@ pub(crate) enum Scenario {
     Joins,
     /// Control plane and relay are gone for long; what was direct goes on, and a worker restarts meanwhile
     Outage,
+    /// A Kubernetes cluster with its control plane at home and workers behind NATs; needs root and `make test-assets`
+    Kubernetes,
     /// Throughput, CPU and memory of plain WireGuard peers side by side: ours, wireguard-go and boringtun-cli
     BenchPeers,
     /// The lab itself: each kind of NAT, and how a probe finds it; needs no keystone-mesh
@@ -44,15 +48,23 @@ pub(crate) enum Scenario {
 impl Scenario {
     const fn needs_mesh(self) -> bool {
         match self {
-            Self::HomeAndCloud | Self::Joins | Self::Outage | Self::BenchPeers => true,
+            Self::HomeAndCloud | Self::Joins | Self::Outage | Self::Kubernetes | Self::BenchPeers => true,
             Self::Nats => false,
         }
     }
 
-    /// The programs of the system that it calls.
-    pub(crate) fn tools(self) -> Vec<preflight::Tool> {
-        let peers: &[_] = if self == Self::BenchPeers { preflight::PEER_TOOLS } else { &[] };
-        [preflight::NETWORK_TOOLS, preflight::SCENARIO_TOOLS, peers].concat()
+    /// Says, before anything is touched, what is missing on this machine; installs what Debian has.
+    pub(crate) fn prepare(self) -> Result<()> {
+        let further = match self {
+            Self::BenchPeers => preflight::PEER_TOOLS,
+            Self::Kubernetes => NODE_TOOLS,
+            Self::HomeAndCloud | Self::Joins | Self::Outage | Self::Nats => &[],
+        };
+        preflight::ensure(&[preflight::NETWORK_TOOLS, preflight::SCENARIO_TOOLS, further].concat())?;
+        if self == Self::Kubernetes {
+            Assets::find_for_cluster()?;
+        }
+        Ok(())
     }
 }
 
@@ -95,6 +107,7 @@ pub(crate) fn play(scenario: Scenario, options: &Options, place: Place) -> Resul
         Scenario::HomeAndCloud => home_and_cloud::play(&mut stage, &mut story),
         Scenario::Joins => joins::play(&mut stage, &mut story, options.joins),
         Scenario::Outage => outage::play(&mut stage, &mut story, options.outage),
+        Scenario::Kubernetes => kubernetes::play(&mut stage, &mut story),
         Scenario::BenchPeers => bench_peers::play(&mut stage, &mut story, options),
         Scenario::Nats => nats::play(&mut stage, &mut story),
     };
