@@ -220,3 +220,110 @@ impl FromStr for Route {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::tests::{entry, secret};
+
+    fn w() -> NodeName {
+        "w".parse().unwrap()
+    }
+
+    fn whole() -> BTreeMap<String, String> {
+        let entry = entry(1, 2, "w", "10.98.0.2/32", &["10.42.1.0/24"]);
+        let mut annotations = of_record(&entry.record);
+        annotations.extend(of_approval(&entry.approval.unwrap()));
+        annotations
+    }
+
+    fn errors<T: std::fmt::Debug>(part: Result<T, Malformed>) -> Vec<FieldError> {
+        part.unwrap_err().0
+    }
+
+    #[test]
+    fn a_record_and_an_approval_read_back_among_other_peoples_annotations() {
+        let entry = entry(1, 2, "w", "10.98.0.2/32", &["10.42.1.0/24"]);
+        let mut annotations = whole();
+        annotations.insert("example.org/seq".into(), "rubbish".into());
+        annotations.insert("mesh.keystone.cluster/unknown".into(), "rubbish".into());
+        let decoded = decode(&w(), &annotations);
+        assert_eq!((decoded.record, decoded.approval), (Ok(Some(entry.record)), Ok(entry.approval)));
+        assert_eq!((decoded.wishes, decoded.wish_faults), (Wishes::default(), vec![]));
+    }
+
+    #[test]
+    fn keys_are_unique_and_each_has_one_writer() {
+        let mut names: Vec<&str> = KEYS.iter().map(|key| key.name).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), KEYS.len());
+        let writer = |key: &String| KEYS.iter().find(|known| annotation(known.name) == *key).map(|known| known.writer);
+        let entry = entry(1, 2, "w", "10.98.0.2/32", &["10.42.1.0/24"]);
+        assert!(of_record(&entry.record).keys().all(|key| writer(key) == Some(Writer::Node)));
+        assert!(of_approval(&entry.approval.unwrap()).keys().all(|key| writer(key) == Some(Writer::Controller)));
+    }
+
+    #[test]
+    fn nothing_there_is_no_fault_and_a_part_of_it_is_one_for_each_missing_field() {
+        assert_eq!(record(&w(), &BTreeMap::new()), Ok(None));
+        assert_eq!(approval(&w(), &BTreeMap::new()), Ok(None));
+        let part = BTreeMap::from([(annotation("seq"), "no number".to_owned())]);
+        let found = errors(record(&w(), &part));
+        assert_eq!(found.len(), 4, "identity, public-key, seq, signature: {found:?}");
+        let part = BTreeMap::from([(annotation("addresses"), "10.98.0.0/24".to_owned())]);
+        let found = errors(approval(&w(), &part));
+        assert_eq!(found.len(), 5, "network, approved, addresses, approval-serial, approval-signature: {found:?}");
+    }
+
+    #[test]
+    fn a_newer_version_says_that_an_upgrade_is_due() {
+        let mut annotations = whole();
+        annotations.insert(annotation("version"), "2".into());
+        let found = errors(record(&w(), &annotations));
+        assert!(matches!(&found[..], [FieldError::Newer { found, .. }] if found == "2"));
+        assert!(found[0].to_string().contains("upgrade"), "{}", found[0]);
+        assert!(approval(&w(), &annotations).is_ok());
+        annotations.remove(&annotation("version"));
+        assert!(record(&w(), &annotations).is_ok(), "the version is a hint, not signed");
+    }
+
+    #[test]
+    fn an_endless_text_is_refused_before_it_is_read() {
+        let mut annotations = whole();
+        annotations.insert(annotation("endpoints"), "ü".repeat(100_000));
+        annotations.insert(annotation("routes"), "10.0.0.0/8, ".repeat(100));
+        annotations.insert(annotation("routes-extra"), "10.0.0.0/8,".repeat(10_000));
+        let decoded = decode(&w(), &annotations);
+        assert!(matches!(errors(decoded.record)[..], [FieldError::TooLong { key: "endpoints", .. }, ..]));
+        assert!(matches!(errors(decoded.approval)[..], [FieldError::TooLong { key: "routes", .. }, ..]));
+        assert!(matches!(decoded.wish_faults[..], [FieldError::TooLong { key: "routes-extra", .. }]));
+    }
+
+    #[test]
+    fn of_peoples_wishes_the_good_ones_count_and_the_others_are_told() {
+        let relay = secret(200).identity().id();
+        let said = [
+            ("force-endpoint", "home.example.org:51840,192.0.2.1:9, nonsense, 1.2.3.4:0"),
+            ("relay-force", &format!(" {relay} ")),
+            ("routes-extra", "10.42.1.0/24,\n10.42.2.1/24"),
+            ("location", "Nowhere Land"),
+        ];
+        let annotations = said.iter().map(|(key, text)| (annotation(key), (*text).to_owned())).collect();
+        let (wishes, faults) = wishes(&annotations);
+        assert_eq!(wishes.endpoints.len(), 2);
+        assert_eq!(wishes.relays, [relay]);
+        assert_eq!(wishes.routes, ["10.42.1.0/24".parse().unwrap()]);
+        assert_eq!(wishes.location, None);
+        assert_eq!(faults.len(), 4, "{faults:?}");
+        assert!(faults[2].to_string().contains("did you mean 10.42.2.0/24?"), "{}", faults[2]);
+    }
+
+    #[test]
+    fn too_many_wishes_are_cut_off_and_told() {
+        let many: Vec<String> = (1..10).map(|n| format!("192.0.2.{n}:9")).collect();
+        let (wishes, faults) = wishes(&BTreeMap::from([(annotation("force-endpoint"), many.join(","))]));
+        assert_eq!(wishes.endpoints.len(), MAX_FORCED);
+        assert!(matches!(faults[..], [FieldError::TooLong { key: "force-endpoint", limit: MAX_FORCED, .. }]));
+    }
+}

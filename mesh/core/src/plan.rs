@@ -380,6 +380,36 @@ mod tests {
     }
 
     #[test]
+    fn an_approval_of_old_takes_nothing_from_whoever_has_the_address_since() {
+        let again = |serial: u64, byte: u8, name: &str| {
+            let mut entry = entry(1, byte, name, "10.98.0.3/32", &["10.42.0.0/16"]);
+            let approval = Approval { serial, ..entry.approval.unwrap().get().clone() };
+            entry.approval = Some(approval.sign(&secret(1).identity()));
+            entry
+        };
+        let plan = planned(vec![again(1, 3, "a"), again(2, 4, "b")]);
+        assert_eq!(plan.faults.len(), 2);
+        assert!(plan.members[&secret(3).wireguard(0).public_key()].config.allowed_ips.is_empty());
+        assert_eq!(plan.members[&secret(4).wireguard(0).public_key()].config.allowed_ips.len(), 2);
+    }
+
+    #[test]
+    fn whoever_shows_anothers_key_later_does_not_get_it() {
+        let owner = entry(1, 4, "b", "10.98.0.4/32", &[]);
+        let before = planned(vec![owner.clone()]);
+        let mut thief = record(3, "a");
+        thief.public_key = owner.record.get().public_key;
+        let mut approval = entry(1, 3, "a", "10.98.0.3/32", &[]).approval.unwrap().get().clone();
+        approval.serial = 9;
+        let approval = Some(approval.sign(&secret(1).identity()));
+        let thief = Entry { record: thief.sign(&secret(3).identity()), approval };
+        let me = secret(2).identity().id();
+        let plan = plan(me, &network(1), &entries(vec![owner, thief]), &BTreeMap::new(), &before);
+        assert_eq!(plan.members, before.members);
+        assert!(matches!(plan.faults[..], [Fault::SharedKey { .. }]));
+    }
+
+    #[test]
     fn addresses_inside_the_mesh_are_never_candidates() {
         let mut own = record(3, "a");
         own.endpoints = vec!["host 10.98.0.3:51840".parse().unwrap(), "host 192.0.2.3:51840".parse().unwrap()];

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::*;
 use crate::network::tests::network;
 use crate::node::tests::{entry, secret};
+use crate::plain_peer::PlainPeer;
 use crate::relay::RelayAddr;
 
 const MTU: u16 = 1280;
@@ -329,6 +330,187 @@ fn plain_peers_live_beside_members() {
     node.mesh.handle_roamed(&key(9), roamed, now);
     node.drain(now);
     assert_eq!(node.paths[&key(9)], Some(roamed));
+}
+
+fn stated(name: &str, node: &str, byte: u8, address: &str, serial: u64) -> PlainPeer {
+    PlainPeer {
+        network: secret(1).identity().id(),
+        name: name.parse().unwrap(),
+        node: node.parse().unwrap(),
+        public_key: key(byte),
+        addresses: vec![address.parse().unwrap()],
+        routes: vec![],
+        endpoint: None,
+        persistent_keepalive: Some(25),
+        serial,
+    }
+}
+
+fn sign(peer: PlainPeer) -> SignedPlainPeer {
+    peer.sign(&secret(1).identity())
+}
+
+/// Everyone, where worker-1 serves the plain peers of 10.98.9.0/24.
+fn with_server() -> Vec<Entry> {
+    let mut everyone = everyone();
+    everyone[1] = entry(1, 2, "worker-1", "10.98.0.2/32", &["10.98.9.0/24"]);
+    everyone
+}
+
+#[test]
+fn the_serving_node_alone_has_a_plain_peer_of_the_network() {
+    let now = Instant::now();
+    let laptop = sign(stated("laptop", "worker-1", 9, "10.98.9.1/32", 1));
+    for (byte, name, serves) in [(2, "worker-1", true), (3, "worker-2", false)] {
+        let mut node = Node::new(byte, name);
+        node.mesh.handle_snapshot(network(1), with_server(), [laptop.clone()], now);
+        node.drain(now);
+        assert_eq!(node.peers.contains_key(&key(9)), serves, "{name}");
+        let to_peer: IpNet = "10.98.9.1/32".parse().unwrap();
+        let to_server: IpNet = "10.98.9.0/24".parse().unwrap();
+        assert_eq!(node.routes.contains(&to_peer), serves, "{name}");
+        assert_eq!(node.peers.get(&key(2)).is_some_and(|home| home.allowed_ips.contains(&to_server)), !serves);
+        if serves {
+            assert_eq!(node.peers[&key(9)].persistent_keepalive, Some(25));
+            let status = node.mesh.peers(now).into_iter().find(|peer| peer.name == "laptop").unwrap();
+            assert_eq!(status.addresses, [to_peer]);
+        }
+    }
+}
+
+#[test]
+fn a_stated_peer_changes_in_place_and_goes() {
+    let now = Instant::now();
+    let mut node = Node::new(2, "worker-1");
+    node.mesh.handle_snapshot(network(1), with_server(), [], now);
+    node.mesh.handle_peer(sign(stated("laptop", "worker-1", 9, "10.98.9.1/32", 5)), now);
+    node.drain(now);
+    let endpoint: SocketAddr = "192.0.2.9:51820".parse().unwrap();
+    let moved = PlainPeer { endpoint: Some(endpoint.into()), ..stated("laptop", "worker-1", 9, "10.98.9.2/32", 6) };
+    node.mesh.handle_peer(sign(moved), now);
+    node.drain(now);
+    assert_eq!(node.peers[&key(9)].allowed_ips, ["10.98.9.2/32".parse().unwrap()]);
+    assert_eq!(node.paths[&key(9)], Some(Via::Direct(endpoint)));
+    node.mesh.handle_peer(sign(stated("laptop", "worker-1", 9, "10.98.9.1/32", 5)), now);
+    node.drain(now);
+    assert_eq!(node.peers[&key(9)].allowed_ips, ["10.98.9.2/32".parse().unwrap()], "an older statement");
+    let elsewhere =
+        PlainPeer { serial: 7, node: "home".parse().unwrap(), ..stated("laptop", "x", 9, "10.98.9.2/32", 7) };
+    node.mesh.handle_peer(sign(elsewhere.clone()), now);
+    node.drain(now);
+    assert!(!node.peers.contains_key(&key(9)), "another node serves it");
+    node.mesh.handle_peer(sign(PlainPeer { serial: 8, node: "worker-1".parse().unwrap(), ..elsewhere }), now);
+    node.drain(now);
+    assert!(node.peers.contains_key(&key(9)));
+    node.mesh.handle_peer_removed(&"laptop".parse().unwrap(), now);
+    node.drain(now);
+    assert!(!node.peers.contains_key(&key(9)));
+    assert!(!node.routes.contains(&"10.98.9.2/32".parse().unwrap()));
+}
+
+#[test]
+fn a_configured_peer_wins_over_a_stated_one_with_its_key() {
+    let now = Instant::now();
+    let mut node = Node::new(2, "worker-1");
+    let configured = PeerConfig {
+        key: key(9),
+        identity: None,
+        preshared_key: None,
+        persistent_keepalive: None,
+        allowed_ips: vec!["10.99.0.9/32".parse().unwrap()],
+    };
+    node.mesh.handle_plain_peer("mine".into(), configured.clone(), None, now);
+    let laptop = sign(stated("laptop", "worker-1", 9, "10.98.9.1/32", 1));
+    node.mesh.handle_snapshot(network(1), with_server(), [laptop], now);
+    node.drain(now);
+    assert_eq!(node.peers[&key(9)], configured);
+    node.mesh.handle_peer_removed(&"laptop".parse().unwrap(), now);
+    node.drain(now);
+    assert_eq!(node.peers[&key(9)], configured);
+}
+
+#[test]
+fn a_plain_peers_key_that_a_member_shows_becomes_the_members() {
+    let now = Instant::now();
+    let mut node = Node::new(2, "worker-1");
+    let laptop = sign(stated("laptop", "worker-1", 9, "10.98.9.1/32", 1));
+    node.mesh.handle_snapshot(network(1), with_server(), [laptop], now);
+    node.drain(now);
+    node.mesh.handle_entry(entry(1, 9, "worker-9", "10.98.0.9/32", &[]), now);
+    node.drain(now);
+    assert_eq!(node.peers[&key(9)].identity, Some(secret(9).identity().id()));
+    node.mesh.handle_removed(&"worker-9".parse().unwrap(), now);
+    node.drain(now);
+    assert_eq!(node.peers[&key(9)].identity, None);
+}
+
+/// An entry of worker-2 as the network's word is changed by `change`.
+fn approved(change: impl FnOnce(&mut crate::node::Approval)) -> Entry {
+    let mut entry = entry(1, 3, "worker-2", "10.98.0.3/32", &[]);
+    let mut approval = entry.approval.unwrap().get().clone();
+    approval.serial += 1;
+    change(&mut approval);
+    entry.approval = Some(approval.sign(&secret(1).identity()));
+    entry
+}
+
+#[test]
+fn forced_endpoints_are_tried_by_address_and_by_name() {
+    let now = Instant::now();
+    let mut node = worker(now);
+    let name: HostPort = "worker-2.example.org:4000".parse().unwrap();
+    let literal: SocketAddr = "198.51.100.3:4000".parse().unwrap();
+    let wanted = [name.clone(), literal.into(), "10.98.0.3:4000".parse().unwrap()];
+    node.mesh.handle_entry(approved(|approval| approval.endpoints = wanted.into()), now);
+    node.drain(now);
+    assert_eq!(node.names, BTreeSet::from([name.clone()]));
+    let resolved: SocketAddr = "198.51.100.4:4000".parse().unwrap();
+    let never_asked = ("other.example.org:1".parse().unwrap(), resolved);
+    node.mesh.handle_resolved([(name, resolved), never_asked], now);
+    node.mesh.handle_demand(&key(3), now);
+    node.drain(now);
+    let probed = |addr: SocketAddr| node.sent.iter().any(|(_, via, _)| *via == Via::Direct(addr));
+    assert!(probed(literal) && probed(resolved) && probed("192.0.2.7:51840".parse().unwrap()));
+    assert!(!probed("10.98.0.3:4000".parse().unwrap()), "an address inside the mesh");
+    node.mesh.handle_entry(approved(|approval| approval.serial += 1), now);
+    node.drain(now);
+    assert!(node.names.is_empty());
+}
+
+#[test]
+fn a_node_listens_on_the_relays_that_people_name() {
+    let now = Instant::now();
+    let mut node = Node::new(3, "worker-2");
+    let mut two = network(1);
+    let second = secret(201).identity().id();
+    two.relays.push(format!("{second}@relay-2.example.org:51840").parse().unwrap());
+    node.mesh.handle_snapshot(two, everyone(), [], now);
+    node.drain(now);
+    assert_eq!(node.relays.len(), 2);
+    node.mesh.handle_entry(approved(|approval| approval.relays = vec![second]), now);
+    node.drain(now);
+    assert_eq!(node.relays.iter().map(|relay| relay.id).collect::<Vec<_>>(), [second]);
+    assert_eq!(node.published.last().unwrap().relays, [second]);
+    let stranger = secret(202).identity().id();
+    node.mesh.handle_entry(approved(|a| (a.relays, a.serial) = (vec![stranger], 3)), now);
+    node.drain(now);
+    assert_eq!(node.relays.len(), 2, "a relay that the network does not have cuts nobody off");
+}
+
+#[test]
+fn a_revoked_node_is_no_peer_and_a_located_one_says_where_it_is() {
+    let now = Instant::now();
+    let mut node = worker(now);
+    node.mesh.handle_entry(approved(|approval| approval.location = Some("eu/1a".parse().unwrap())), now);
+    node.drain(now);
+    let status = node.mesh.peers(now).into_iter().find(|peer| peer.name == "worker-2").unwrap();
+    assert_eq!(status.location.unwrap().as_str(), "eu/1a");
+    node.mesh.handle_entry(approved(|a| (a.addresses, a.serial) = (vec![], 3)), now);
+    node.drain(now);
+    assert!(!node.peers.contains_key(&key(3)));
+    node.mesh.handle_entry(approved(|_| {}), now);
+    node.drain(now);
+    assert!(!node.peers.contains_key(&key(3)), "an approval of old does not undo it");
 }
 
 #[test]
