@@ -9,6 +9,7 @@
 //! The same view and time give the same actions; once they are applied there are none.
 
 mod action;
+mod census;
 
 pub use action::{Action, Decision, Effect, Event, Gauges, Regarding, Target};
 
