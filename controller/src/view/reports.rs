@@ -82,6 +82,12 @@ impl Reports {
         self.by_reporter.insert(reporter, Answered { since, at, peers });
     }
 
+    /// When the next report stops to count that still does.
+    pub(crate) fn lapse(&self, now: Now, life: u64) -> Option<Now> {
+        let lapses = self.by_reporter.values().map(|answered| answered.at.saturating_add(life).saturating_add(1));
+        lapses.filter(|at| *at > now).min()
+    }
+
     /// What is said of a node by reports of at most `life` milliseconds ago.
     pub(crate) fn evidence(&self, name: &NodeName, now: Now, life: u64) -> Evidence {
         let (mut reached, mut unreached, mut last) = (None::<Now>, None::<Now>, self.started);
