@@ -2,5 +2,10 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod approver;
+mod command;
+mod handover;
+mod join;
+mod outage;
 mod publish;
 mod world;
