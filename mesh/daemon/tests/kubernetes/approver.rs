@@ -1,4 +1,4 @@
-//! Someone who approves, as the controller does but without a thought: every Member, and every Node of a Member.
+//! Someone who approves, as the controller does but without a thought: every Member and every Node.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -6,8 +6,8 @@ use std::time::Duration;
 use anyhow::Result;
 use k8s_openapi::api::core::v1::Node;
 use keystone_mesh_api::{CONTROLLER_MANAGER, Member};
-use keystone_mesh_core::annotations;
 use keystone_mesh_core::node::NodeName;
+use keystone_mesh_core::{Identity, annotations};
 use kube::api::{Api, ListParams, Patch, PatchParams};
 use kube::{Client, ResourceExt as _};
 use serde_json::json;
@@ -17,10 +17,10 @@ use crate::world::approval_of;
 const EVERY: Duration = Duration::from_millis(100);
 
 /// Approves until it is aborted; what goes wrong meanwhile (another wrote first) is tried again.
-pub(crate) fn start(client: Client) -> tokio::task::JoinHandle<()> {
+pub(crate) fn start(client: Client, network: Identity) -> tokio::task::JoinHandle<()> {
     tokio::spawn(async move {
         loop {
-            if let Err(error) = run(client.clone()).await {
+            if let Err(error) = run(client.clone(), &network).await {
                 eprintln!("the approver begins again: {error:#}");
             }
             tokio::time::sleep(EVERY).await;
@@ -29,12 +29,16 @@ pub(crate) fn start(client: Client) -> tokio::task::JoinHandle<()> {
 }
 
 /// Approves for ever. A Member called `unwanted` is refused.
-async fn run(client: Client) -> Result<()> {
+async fn run(client: Client, network: &Identity) -> Result<()> {
     let (members, nodes) = (Api::<Member>::all(client.clone()), Api::<Node>::all(client));
     let (mut hosts, mut serial) = (BTreeMap::new(), 1000);
     loop {
-        for member in members.list(&ListParams::default()).await? {
-            let name = member.name_any();
+        let mut all: BTreeMap<String, Option<Member>> = BTreeMap::new();
+        all.extend(nodes.list_metadata(&ListParams::default()).await?.into_iter().map(|node| (node.name_any(), None)));
+        all.extend(
+            members.list(&ListParams::default()).await?.into_iter().map(|member| (member.name_any(), Some(member))),
+        );
+        for (name, member) in all {
             if name == "unwanted" {
                 let condition = json!({
                     "type": "Approved", "status": "False", "reason": "TokenUsedUp", "message": "the token is used up",
@@ -49,7 +53,8 @@ async fn run(client: Client) -> Result<()> {
                 Some(_) => ("Node", "v1"),
                 None => ("Member", "mesh.keystone.cluster/v1alpha1"),
             };
-            let found = node.map_or(member.metadata.annotations.clone(), |node| node.metadata.annotations);
+            let of_member = || member.and_then(|member| member.metadata.annotations);
+            let found = node.map_or_else(of_member, |node| node.metadata.annotations);
             let found = found.unwrap_or_default();
             let node_name: NodeName = name.parse()?;
             let Ok(Some(record)) = annotations::record(&node_name, &found) else { continue };
@@ -63,7 +68,7 @@ async fn run(client: Client) -> Result<()> {
             serial += 1;
             let patch = json!({
                 "apiVersion": api_version, "kind": kind,
-                "metadata": { "name": name, "annotations": annotations::of_approval(&approval_of(identity, &name, host, serial)) },
+                "metadata": { "name": name, "annotations": annotations::of_approval(&approval_of(network, identity, &name, host, serial)) },
             });
             let params = PatchParams::apply(CONTROLLER_MANAGER).force();
             match kind {

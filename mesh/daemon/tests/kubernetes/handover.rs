@@ -101,13 +101,11 @@ fn access_that_is_granted_and_ends_changes_the_registry_and_takes_nothing_away()
             assert!(next_snapshot(&mut registry).await?.contains(&"a".to_owned()));
             assert_eq!(registry.kind(), "kubernetes");
             // The record stands on the Node, through the pod's own credentials.
-            let deadline = tokio::time::Instant::now() + PATIENCE;
-            loop {
-                let event = tokio::time::timeout_at(deadline, registry.next()).await?;
-                if matches!(&event, Event::Changed(entry) if entry.name().as_str() == "w") {
-                    break;
-                }
-            }
+            let seq = "jsonpath={.metadata.annotations.mesh\\.keystone\\.cluster/seq}";
+            let stands = || Ok((server.kubectl(&["get", "node", "w", "--output", seq])? == "1").then_some(()));
+            let waited =
+                || keystone_lab::wait::until("the record stands", PATIENCE, Duration::from_millis(100), stands);
+            tokio::task::block_in_place(waited)?;
             // A renewal changes nothing that shows.
             registry.grant(grant.clone(), known);
             assert_eq!(registry.kind(), "kubernetes");

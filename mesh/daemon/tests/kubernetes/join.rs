@@ -45,7 +45,7 @@ fn machines_join_by_token_and_are_told_why_not_and_leave() {
         let access = access(server, "join")?;
         let server = &*server;
         run(async move {
-            let approving = approver::start(access.client().await?);
+            let approving = approver::start(access.client().await?, network_key());
             let hub = hub_with(access, hasty(), Known::default(), true);
             hub.set_document(network());
             current(&hub).await?;
