@@ -132,7 +132,7 @@ fn story(server: &ApiServer, home: &Node, hosts: [&Host; 2], program: &Program, 
     // The Node's approval comes from the same hand; nothing of it was felt.
     std::thread::sleep(Duration::from_secs(1));
     let (sent, received) = pinger.trace().counts(before, Instant::now() - Duration::from_millis(500));
-    ensure!(sent > 50 && sent == received, "{received} of {sent} pings came back");
+    ensure!(sent > 10 && sent == received, "{received} of {sent} pings came back");
 
     // A daemon that is started again has its access again; a token that is rotated takes the old one's place.
     joined.kill()?;
