@@ -2,5 +2,11 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod agent;
+mod approver;
+mod command;
+mod handover;
+mod join;
+mod outage;
 mod publish;
 mod world;
