@@ -432,7 +432,8 @@ impl Driver {
         let record = NodeRecord { seq: self.last_seq, ..record };
         if let Some(registry) = &mut self.uplink.registry {
             self.counts.registry_writes += 1;
-            registry.publish(record.sign(&self.start.secret.identity()));
+            let key = self.config.private_key.clone().unwrap_or_else(|| self.start.secret.wireguard(0));
+            registry.publish(record.sign_with_key(&self.start.secret.identity(), &key));
         }
     }
 

@@ -1,6 +1,9 @@
 //! `keystone-lab`: plays a scenario on a small internet out of network namespaces, tells it as it happens, and leaves
 //! nothing behind.
 
+mod scenario;
+mod story;
+
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -11,7 +14,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 use keystone_lab::preflight;
 use keystone_lab::sandbox::{self, Sandbox};
-use keystone_lab::scenario::{self, Options, Scenario};
+use scenario::{Options, Scenario};
 
 /// Plays a scenario with real daemons on a network of hosts, home routers, cloud NATs and a public internet.
 ///

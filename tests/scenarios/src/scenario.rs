@@ -16,10 +16,10 @@ use anyhow::Result;
 use clap::ValueEnum;
 use serde_json::{Value, json};
 
-use crate::mesh::Program;
-use crate::sandbox::Place;
 use crate::story::Story;
-use crate::{Wire, preflight};
+use keystone_lab::mesh::Program;
+use keystone_lab::sandbox::Place;
+use keystone_lab::{Wire, preflight};
 use stage::Stage;
 
 /// Distance of the pings that show that a tunnel is there, and how long it may take.
@@ -28,7 +28,7 @@ const BENCH_PATIENCE: Duration = Duration::from_secs(20);
 
 /// Which story.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Scenario {
+pub(crate) enum Scenario {
     /// A control plane at home and three workers in clouds become one network; a link fails and heals
     HomeAndCloud,
     /// Many machines join, one after the other, each as if it had never been here; how long each takes
@@ -50,7 +50,7 @@ impl Scenario {
     }
 
     /// The programs of the system that it calls.
-    pub fn tools(self) -> Vec<preflight::Tool> {
+    pub(crate) fn tools(self) -> Vec<preflight::Tool> {
         let peers: &[_] = if self == Self::BenchPeers { preflight::PEER_TOOLS } else { &[] };
         [preflight::NETWORK_TOOLS, preflight::SCENARIO_TOOLS, peers].concat()
     }
@@ -58,29 +58,29 @@ impl Scenario {
 
 /// How to play it.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub(crate) struct Options {
     /// Print one JSON document at the end and nothing else.
-    pub json: bool,
+    pub(crate) json: bool,
     /// Stay up when the story is over.
-    pub keep: bool,
+    pub(crate) keep: bool,
     /// Cables carry frames of at most the MTU.
-    pub ethernet: bool,
+    pub(crate) ethernet: bool,
     /// The program under test; None for the one beside this program.
-    pub mesh_bin: Option<PathBuf>,
+    pub(crate) mesh_bin: Option<PathBuf>,
     /// How many machines join in each half of [`Scenario::Joins`].
-    pub joins: u32,
+    pub(crate) joins: u32,
     /// How long [`Scenario::Outage`] lasts.
-    pub outage: Duration,
+    pub(crate) outage: Duration,
     /// Rounds of [`Scenario::BenchPeers`].
-    pub rounds: u32,
+    pub(crate) rounds: u32,
     /// Seconds for each direction in [`Scenario::BenchPeers`].
-    pub seconds: u32,
+    pub(crate) seconds: u32,
     /// Only the second half of [`Scenario::BenchPeers`].
-    pub idle: bool,
+    pub(crate) idle: bool,
 }
 
 /// Plays `scenario` inside the sandbox. False if something that it shows is not so, which has then been said.
-pub fn play(scenario: Scenario, options: &Options, place: Place) -> Result<bool> {
+pub(crate) fn play(scenario: Scenario, options: &Options, place: Place) -> Result<bool> {
     preflight::check_nftables()?;
     let program = if scenario.needs_mesh() {
         preflight::check_tun()?;
