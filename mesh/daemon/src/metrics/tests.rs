@@ -88,7 +88,7 @@ fn values_are_in_base_units_and_what_did_not_happen_is_zero() {
         "keystone_mesh_dropped_packets_total{reason=\"bad_tag\"} 0.0",
         "keystone_mesh_registry_up{kind=\"embedded\"} 1.0",
         "keystone_mesh_registry_stale_seconds 0.0",
-        "keystone_mesh_faulty_nodes{code=\"record\"} 1.0",
+        "keystone_mesh_node_faults{code=\"record\"} 1.0",
         "keystone_relay_dropped_datagrams_total{reason=\"quota\"} 0.0",
     ] {
         assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");

@@ -63,7 +63,8 @@ pub(crate) fn sample() -> Status {
             peer(3, "worker-sym", "relayed", Some("no answer from 2 addresses")),
         ],
         plain_peers: vec![],
-        faults: vec![NodeFault { node: "worker-odd".into(), code: "record".into(), says: "broken".into() }],
+        faults: vec![NodeFault { node: "worker-odd".into(), code: "record".into(), says: "worker-odd: broken".into() }],
+        fault_counts: BTreeMap::from([("record".to_owned(), 1)]),
         data_plane: DataPlane {
             up: true,
             live_sessions: 2,
