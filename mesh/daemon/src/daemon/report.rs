@@ -162,7 +162,7 @@ fn registry(driver: &Driver, now: Instant) -> Registry {
         (false, None) => "none",
     };
     Registry {
-        kind: driver.uplink.kind.to_owned(),
+        kind: driver.uplink.kind().to_owned(),
         state: state.to_owned(),
         reason,
         since_s: now.saturating_duration_since(driver.registry_since).as_secs_f64(),
