@@ -8,6 +8,7 @@
 
 pub mod backend;
 pub mod client;
+pub mod counts;
 pub mod embedded;
 pub mod handover;
 pub mod kubernetes;

@@ -10,6 +10,7 @@ use keystone_mesh_core::{NodeId, PublicKey, directory, plan};
 use serde::{Deserialize, Serialize};
 
 use crate::quic::relay_server::RelaySnapshot;
+use crate::registry::counts::GatewaySnapshot;
 
 /// The whole state of one daemon.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -33,6 +34,8 @@ pub struct Status {
     pub data_plane: DataPlane,
     /// What the control side did.
     pub counts: Counts,
+    /// The gateway, on the control plane.
+    pub gateway: Option<GatewaySnapshot>,
     /// The relay inside this node, where it serves as one.
     pub relay_server: Option<RelaySnapshot>,
     /// What is not as it should be, a sentence each.

@@ -42,6 +42,7 @@ pub(super) fn status(driver: &Driver, now: Instant) -> Status {
         fault_counts: faults.counts.into_iter().map(|(code, count)| (code.to_owned(), count)).collect(),
         data_plane: data_plane(driver, &stats),
         counts: counts(driver),
+        gateway: driver.uplink.gateway.as_ref().map(|gateway| gateway.snapshot()),
         relay_server: driver.uplink.relays.local().map(|relay| relay.snapshot()),
         warnings,
     }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use keystone_mesh_core::DropReason;
 
-use super::{Metric, Page, process, relay};
+use super::{Metric, Page, gateway, process, relay};
 use crate::status::{Approval, NodeFault, Peer, Status};
 
 // --- the node ---
@@ -108,7 +108,8 @@ const PEER_RECEIVED: Metric =
 const PEER_SENT: Metric =
     Metric::counter("keystone_mesh_peer_sent_bytes_total", &["peer"], "Bytes of WireGuard messages to the peer.");
 
-/// Every metric of the daemon, in the order of the page; those of the process and of a relay inside it follow.
+/// Every metric of the daemon, in the order of the page; those of the process, of the gateway on
+/// the control plane and of a relay inside it follow.
 pub const METRICS: [Metric; 34] = [
     INFO,
     READY,
@@ -172,6 +173,9 @@ pub fn page(status: &Status, around: Around) -> Page {
         add_peers(&mut page, &status.peers, around.now);
     }
     process::add(&mut page);
+    if let Some(served) = &status.gateway {
+        gateway::add(&mut page, served);
+    }
     if let Some(server) = &status.relay_server {
         relay::add(&mut page, server);
     }

@@ -72,6 +72,10 @@ pub(crate) fn sample() -> Status {
             ..DataPlane::default()
         },
         counts: Counts { path_changes: 4, ..Counts::default() },
+        gateway: Some(GatewaySnapshot {
+            joins: BTreeMap::from([("token-unknown".to_owned(), 2)]),
+            ..GatewaySnapshot::default()
+        }),
         relay_server: Some(RelaySnapshot::default()),
         warnings: vec![],
     }
