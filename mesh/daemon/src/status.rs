@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use ipnet::IpNet;
-use keystone_mesh_core::node::{Location, NodeName};
+use keystone_mesh_core::node::{self, Location, NodeName};
 use keystone_mesh_core::path::Nat;
 use keystone_mesh_core::{NodeId, PublicKey, directory, plan};
 use serde::{Deserialize, Serialize};
@@ -106,6 +106,33 @@ impl Approval {
             Self::Pending => "pending",
             Self::Revoked => "revoked",
             Self::None => "none",
+        }
+    }
+
+    /// What the network's last word, if any, means for the machine `name` with this identity; and where that is not yes,
+    /// what to do.
+    pub fn of(name: &NodeName, identity: NodeId, said: Option<&node::Approval>) -> (Self, Option<String>) {
+        match said {
+            None => {
+                let why =
+                    format!("nobody has approved it yet; run `keystone-mesh approve {name}` on the control plane");
+                (Self::Pending, Some(why))
+            }
+            Some(said) if said.identity != identity => {
+                let why = format!(
+                    "another machine ({}) is approved under its name; if this one takes its place, run `keystone-mesh \
+                     approve {name} --identity {identity}` on the control plane",
+                    said.identity.short()
+                );
+                (Self::Pending, Some(why))
+            }
+            Some(said) if said.is_revoked() => {
+                let why = format!(
+                    "it was put out of the network; `keystone-mesh approve {name}` on the control plane lets it in again"
+                );
+                (Self::Revoked, Some(why))
+            }
+            Some(_) => (Self::Approved, None),
         }
     }
 }

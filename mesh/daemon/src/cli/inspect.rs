@@ -183,4 +183,30 @@ mod tests {
         let line = "embedded, stale for 5 min: connection refused (the snapshot of an earlier run is in force)";
         assert!(text.contains(&format!("  registry   {line}\n")), "{text}");
     }
+
+    #[test]
+    fn the_lines_in_docs_are_those_of_the_commands() {
+        let page = include_str!("../../../../docs/operations.md");
+        let said = |line: &str| assert!(page.contains(line), "docs/operations.md has no line `{line}`");
+        let mut status = sample();
+        status.node.name = Some("worker-1".parse().unwrap());
+        (status.node.approval, status.node.approval_reason) =
+            Approval::of(&"worker-1".parse().unwrap(), status.node.identity, None);
+        said(head(&status).lines().find(|line| line.contains("approval")).unwrap());
+
+        (status.registry.kind, status.registry.state) = ("gateway".into(), "stale".into());
+        status.registry.since_s = 300.0;
+        status.registry.reason = Some("the control plane was not reached: ...".into());
+        said(head(&status).lines().find(|line| line.contains("registry")).unwrap());
+        status.registry.known_from = "snapshot".into();
+        said(registry(&status.registry).rsplit_once("... ").unwrap().1);
+
+        for heading in page.lines().filter_map(|line| line.strip_prefix("## ")) {
+            let anchor: String =
+                heading.to_lowercase().chars().filter(|c| c.is_alphanumeric() || " -".contains(*c)).collect();
+            let linked = page.contains(&format!("](#{})", anchor.replace(' ', "-")));
+            let last = ["A direct path comes and goes", "Where the numbers are ours", "Removing it"];
+            assert!(linked || last.contains(&heading), "nothing leads to `{heading}`");
+        }
+    }
 }

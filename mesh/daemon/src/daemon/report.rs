@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use keystone_mesh_core::mesh::PeerStatus;
-use keystone_mesh_core::node::{Entry, NodeName};
+use keystone_mesh_core::node::{Entry, NodeName, SignedApproval};
 use keystone_mesh_core::path::{Outcome, State, Tried};
 use keystone_mesh_core::plain_peer::SignedPlainPeer;
 use keystone_mesh_core::{NodeId, PublicKey, Via};
@@ -83,30 +83,9 @@ fn own_entry(driver: &Driver) -> Option<&Entry> {
 /// What the network says of this node, and what to do where that is not yes.
 fn approval(driver: &Driver, own: Option<&Entry>) -> (Approval, Option<String>) {
     let Some(name) = &driver.start.name else { return (Approval::None, None) };
-    let identity = driver.start.secret.identity().id();
     let membership = driver.start.membership.as_ref();
     let said = own.and_then(|entry| entry.approval.as_ref()).or(membership.and_then(|m| m.approval.as_ref()));
-    match said.map(|approval| approval.get()) {
-        None => (
-            Approval::Pending,
-            Some(format!("nobody has approved it yet; run `keystone-mesh approve {name}` on the control plane")),
-        ),
-        Some(approval) if approval.identity != identity => {
-            let why = format!(
-                "another machine ({}) is approved under its name; on the control plane run `keystone-mesh remove {name}` if \
-                 that machine is gone, then `keystone-mesh approve {name}`",
-                approval.identity.short()
-            );
-            (Approval::Pending, Some(why))
-        }
-        Some(approval) if approval.is_revoked() => {
-            let why = format!(
-                "it was put out of the network; run `keystone-mesh approve {name}` on the control plane to let it in again"
-            );
-            (Approval::Revoked, Some(why))
-        }
-        Some(_) => (Approval::Approved, None),
-    }
+    Approval::of(name, driver.start.secret.identity().id(), said.map(SignedApproval::get))
 }
 
 /// What the plan leaves out, and what the registry reads and cannot use.
