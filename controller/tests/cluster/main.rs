@@ -4,6 +4,7 @@
 
 mod approval;
 mod crds;
+mod effects;
 mod outages;
 mod races;
 mod scale;
