@@ -25,7 +25,10 @@ use keystone_mesh_core::node::{NameError, NodeName};
 
 pub use cloud::{CloudClaim, CloudKind};
 pub use node::NodeView;
+pub(crate) use node::{INSTANCE_TYPE, REGION, ZONE};
+pub(crate) use reports::Evidence;
 pub use reports::{Reach, Report, Reporter};
+pub(crate) use resources::NODE as NODE_CONDITION;
 pub use resources::{MemberView, PeerView, PlainSpec, TokenView};
 
 /// The Node condition that says whether peers reach the node.
@@ -417,6 +420,55 @@ impl ClusterView {
     /// The network's document, where there is a valid one of ours.
     pub fn network(&self) -> Option<&Network> {
         self.network.as_ref()
+    }
+
+    /// Every Node.
+    pub fn nodes(&self) -> &BTreeMap<NodeName, NodeView> {
+        &self.nodes
+    }
+
+    /// Every Member.
+    pub fn members(&self) -> &BTreeMap<NodeName, MemberView> {
+        &self.members
+    }
+
+    /// Every Peer.
+    pub fn peers(&self) -> &BTreeMap<NodeName, PeerView> {
+        &self.peers
+    }
+
+    /// Every JoinToken that reads.
+    pub fn tokens(&self) -> &BTreeMap<String, TokenView> {
+        &self.tokens
+    }
+
+    /// Every cloud claim, those that went lately too.
+    pub fn claims(&self) -> impl Iterator<Item = &CloudClaim> {
+        self.claims.values()
+    }
+
+    /// The address ledger as acknowledged.
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// The version of a page of the ledger, where there is one.
+    pub fn page_version(&self, page: u32) -> Option<&str> {
+        self.pages.get(&page).map(String::as_str)
+    }
+
+    /// What is known of every node's record and approval, whatever its objects carry at this moment.
+    pub fn directory(&self) -> &Directory {
+        &self.directory
+    }
+
+    /// The identity that was pinned to this name when the Node of this name went, where its claim is still held.
+    pub(crate) fn departed(&self, name: &NodeName) -> Option<NodeId> {
+        self.departed.get(name).copied()
+    }
+
+    pub(crate) fn reports(&self) -> &reports::Reports {
+        &self.reports
     }
 
     /// Whether every required kind was listed.

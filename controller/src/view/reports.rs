@@ -7,6 +7,9 @@ use keystone_mesh_core::node::NodeName;
 
 use super::Now;
 
+/// A reporter that is silent for so long is forgotten, in milliseconds: longer than any sensible life of a report.
+const MEMORY: u64 = 3_600_000;
+
 /// Whom to ask.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reporter {
@@ -69,6 +72,7 @@ impl Reports {
     pub(crate) fn handle(&mut self, report: Report) {
         let Report { reporter, at, peers } = report;
         let before = self.by_reporter.remove(&reporter);
+        self.by_reporter.retain(|_, answered| at.saturating_sub(answered.at) < MEMORY);
         let since = |name: &NodeName, reach: Reach| {
             let known = before.as_ref().and_then(|before| before.peers.get(name));
             known.filter(|(old, _)| *old == reach).map_or(at, |(_, since)| *since)
@@ -76,6 +80,12 @@ impl Reports {
         let peers = peers.into_iter().map(|(name, reach)| (name.clone(), (reach, since(&name, reach)))).collect();
         let since = before.as_ref().map_or(at, |before| before.since);
         self.by_reporter.insert(reporter, Answered { since, at, peers });
+    }
+
+    /// When the next report stops to count that still does.
+    pub(crate) fn lapse(&self, now: Now, life: u64) -> Option<Now> {
+        let lapses = self.by_reporter.values().map(|answered| answered.at.saturating_add(life).saturating_add(1));
+        lapses.filter(|at| *at > now).min()
     }
 
     /// What is said of a node by reports of at most `life` milliseconds ago.

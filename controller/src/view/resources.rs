@@ -15,6 +15,9 @@ use keystone_mesh_core::{NodeId, PublicKey};
 
 use super::{Meta, Now, ObjectFault, millis, networks};
 
+/// The Member condition that says whether there is a Node of its name.
+pub(crate) const NODE: &str = "Node";
+
 /// A Member.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MemberView {
@@ -60,6 +63,11 @@ pub struct PeerView {
 }
 
 impl MemberView {
+    /// Whether there was a Node of its name, as its status says.
+    pub fn had_node(&self) -> bool {
+        self.status.conditions.iter().any(|condition| condition.type_ == NODE && condition.status == "True")
+    }
+
     /// Reads a Member, and what of it does not read. One whose identity does not read vouches for nobody.
     pub(super) fn parse(meta: Meta, member: &Member) -> Result<(Self, Vec<ObjectFault>), ObjectFault> {
         let mut faults = Vec::new();

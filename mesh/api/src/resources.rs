@@ -177,7 +177,7 @@ pub struct JoinTokenStatus {
     /// How many machines joined with it.
     #[serde(default)]
     pub used: u32,
-    /// Which ones, where their number is limited: a machine that asks again costs no second use.
+    /// Which ones: a machine that asks again costs no second use. Of a token for any number, only those of late.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub joined: Vec<String>,
 }
