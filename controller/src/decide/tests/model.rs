@@ -37,6 +37,10 @@ pub(super) enum Refused {
 }
 
 impl Api {
+    pub(super) fn new(network: ConfigMap) -> Self {
+        Self { network: Some(network), ..Self::default() }
+    }
+
     pub(super) fn meta(&mut self, name: &str, now: Now) -> ObjectMeta {
         self.uids += 1;
         ObjectMeta {

@@ -134,7 +134,9 @@ impl Race {
                 let (at, actions) = std::mem::take(&mut self.racers[c].decided);
                 let mut salt = seed;
                 if self.world.now.saturating_sub(at) < PATIENCE {
-                    actions.iter().filter(|_| coin(&mut salt)).for_each(|action| drop(self.write(action)));
+                    for action in actions.iter().filter(|_| coin(&mut salt)) {
+                        self.write(action);
+                    }
                 }
             }
             Op::Restart(c) => self.racers[c].watcher = Watcher::new(ClusterView::new(id(1), self.settings.clone())),
@@ -143,10 +145,10 @@ impl Race {
     }
 
     /// Does one write, and checks what has to hold of it.
-    fn write(&mut self, action: &Action) -> bool {
+    fn write(&mut self, action: &Action) {
         let before = ledger(&self.world.api);
         if self.world.api.apply(action, &secret(1).identity(), self.world.now).is_err() {
-            return false;
+            return;
         }
         let now = self.world.now / 1000;
         match &action.effect {
@@ -169,7 +171,6 @@ impl Race {
             | Effect::NodeAddresses { .. }
             | Effect::DeleteMember { .. } => {}
         }
-        true
     }
 
     fn check_ledger(&mut self, before: &Ledger, now: u64) {
@@ -338,11 +339,12 @@ proptest! {
 fn a_holder_with_two_numbers_keeps_the_one_that_it_was_approved_with() {
     let mut world = World::plain();
     world.approved("worker-1", 2);
+    let before = world.approval("worker-1").unwrap();
     let page = world.api.pages.get_mut("keystone-mesh-addresses-0").unwrap();
     let line = page.data.as_mut().unwrap().remove("1").unwrap();
     // As after a race of two controllers in two pages: the approved number is the higher one.
-    let approved = Approval { addresses: nets(&["10.98.1.44/32"]), ..world.approval("worker-1").unwrap() };
-    let approved = Approval { serial: approved.serial + 1, ..approved };
+    let serial = before.serial + 1;
+    let approved = Approval { addresses: nets(&["10.98.1.44/32"]), serial, ..before };
     page.data.as_mut().unwrap().insert("7".into(), line.clone());
     world.api.touch(|api| &mut api.pages.get_mut("keystone-mesh-addresses-0").unwrap().metadata);
     let metadata = world.api.meta("keystone-mesh-addresses-1", world.now);

@@ -72,7 +72,7 @@ pub(super) struct World {
 
 impl World {
     pub(super) fn new(settings: Settings) -> Self {
-        let api = Api { network: Some(network_document()), ..Api::default() };
+        let api = Api::new(network_document());
         let mut controller = Watcher::new(ClusterView::new(id(1), settings));
         controller.view.handle_leading(START);
         Self { api, controller, now: START }
