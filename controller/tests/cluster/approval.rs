@@ -131,7 +131,9 @@ fn a_token_lets_in_as_many_as_it_says() {
                 let name = member.name_any().parse()?;
                 approved += usize::from(annotations::approval(&name, member.annotations())?.is_some());
                 let status = member.status.unwrap_or_default();
-                refused.extend(status.conditions.into_iter().filter(|one| one.type_ == "Approved" && one.status == "False"));
+                refused.extend(
+                    status.conditions.into_iter().filter(|one| one.type_ == "Approved" && one.status == "False"),
+                );
             }
             Ok((approved == 2 && refused.len() == 1).then_some(refused))
         })?;
@@ -179,7 +181,10 @@ fn a_node_that_peers_reach_is_ready_and_loses_its_startup_taint() {
 
         // The daemon of the control plane, as far as the controller asks it.
         let address = approvals[home.name()].addresses[0].addr();
-        keystone_lab::tool::feed(Command::new("ip").args(["-batch", "-"]), &format!("address add {address}/32 dev lo\n"))?;
+        keystone_lab::tool::feed(
+            Command::new("ip").args(["-batch", "-"]),
+            &format!("address add {address}/32 dev lo\n"),
+        )?;
         let listener = TcpListener::bind((address, 51842))?;
         let peers = json!({"node": home.name(), "peers": [{"name": worker.name(), "path": "relayed"}]}).to_string();
         std::thread::spawn(move || {
