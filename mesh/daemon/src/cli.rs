@@ -5,6 +5,7 @@ mod doctor;
 mod inspect;
 mod member;
 mod output;
+mod peer;
 mod token;
 
 use std::path::PathBuf;
@@ -53,7 +54,7 @@ enum Command {
     /// Join a network with a token; `up` then runs the daemon
     Join(JoinArgs),
     /// Run the daemon, in the foreground
-    Up(UpArgs),
+    Up(Box<UpArgs>),
     /// Run a relay alone, as on a small public server: no interface, no privileges
     Relay(RelayArgs),
     /// Show this node, its relays, its registry and its peers
@@ -78,6 +79,9 @@ enum Command {
         #[arg(long, env = "KEYSTONE_MESH_INTERFACE", default_value = crate::config::DEFAULT_INTERFACE, value_name = "IF")]
         interface: String,
     },
+    /// Make, show, list and remove plain WireGuard peers: a laptop, a phone, another site (with Kubernetes)
+    #[command(subcommand)]
+    Peer(peer::PeerCommand),
     /// Check what the daemon needs on this host, and say why peers are not direct
     Doctor(ReadArgs),
     /// Print a completion script
@@ -194,6 +198,9 @@ struct RelayArgs {
     /// Address and port to bind
     #[arg(long, default_value = "[::]:51840", env = "KEYSTONE_MESH_RELAY_LISTEN", value_name = "ADDRESS:PORT")]
     listen: std::net::SocketAddr,
+    /// Serve metrics and health over HTTP: a port for loopback, or ADDRESS:PORT; repeatable [default: nowhere]
+    #[arg(long, env = "KEYSTONE_MESH_STATUS_LISTEN", value_delimiter = ',', value_name = "WHERE")]
+    status_listen: Vec<crate::http::listen::ListenAt>,
     /// Print the relay's key, making it where there is none, and exit
     #[arg(long)]
     print_key: bool,
@@ -258,7 +265,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             Command::Init(args) => member::init(&places, args),
             Command::Token(command) => token::run(&places, command).await,
             Command::Join(args) => member::join(&places, args).await,
-            Command::Up(args) => member::up(&places, args).await,
+            Command::Up(args) => member::up(&places, *args).await,
             Command::Relay(args) => member::relay(&places, &args).await,
             Command::Status(args) => inspect::status(&places, args.json).await,
             Command::Peers(args) => inspect::peers(&places, args.json).await,
@@ -266,6 +273,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             Command::Bench(args) => bench::bench(&places, &args).await,
             Command::Remove { name } => member::remove(&places, name).await,
             Command::Leave { force, interface } => member::leave(&places, &interface, force).await,
+            Command::Peer(command) => peer::run(&places, command).await,
             Command::Doctor(args) => return doctor::run(&places, args.json).await,
             Command::Completions { shell } => completions(shell),
             Command::Man { directory } => man(&directory),
