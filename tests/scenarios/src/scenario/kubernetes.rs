@@ -2,6 +2,7 @@
 //! cluster. Kubelets reach the API server, and the API server reaches kubelets, through the mesh alone.
 
 pub(super) mod plane;
+pub(super) mod scale;
 
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::sync::Arc;
@@ -182,9 +183,9 @@ impl Cluster {
     fn delete(&mut self, story: &mut Story, worker: &Node, others: &[&Node]) -> Result<Duration> {
         self.nodes.retain(|node| node.name() != worker.name());
         worker.kill()?;
-        self.plane.server.kubectl(&["delete", "node", worker.name(), "--wait=false"])?;
         let start = Instant::now();
-        let gone = until_gone(worker.name(), others)?;
+        self.plane.delete_node(worker.name())?;
+        let gone = until_gone(worker.name(), others, start)?;
         let claim = format!("{} is gone from every node", worker.name());
         let found = format!("{} after its Node (goal {})", millis(gone), millis(GONE_GOAL));
         story.check(gone <= GONE_GOAL * TOLERANCE, &claim, &found);
@@ -247,9 +248,8 @@ impl Cluster {
     }
 }
 
-/// Waits until none of `nodes` knows `peer`; returns how long that took.
-pub(super) fn until_gone(peer: &str, nodes: &[&Node]) -> Result<Duration> {
-    let start = Instant::now();
+/// Waits until none of `nodes` knows `peer`; returns how long after `start` that was.
+pub(super) fn until_gone(peer: &str, nodes: &[&Node], start: Instant) -> Result<Duration> {
     for node in nodes {
         wait::until(&format!("{} forgets {peer}", node.name()), PATIENCE, ASK_EVERY, || {
             Ok((!node.knows(peer)?).then_some(()))

@@ -93,6 +93,12 @@ impl Stage {
         Ok(Founders { home: self.install(&home, "home")?, relay: self.install(&relay, "relay")? })
     }
 
+    /// As [`Self::founders`], with home in public too.
+    pub(super) fn public_founders(&mut self) -> Result<Founders> {
+        let (home, relay) = (self.public_host("home")?, self.public_host("relay")?);
+        Ok(Founders { home: self.install(&home, "home")?, relay: self.install(&relay, "relay")? })
+    }
+
     /// A table of all hosts and what stands before them.
     pub(super) fn describe(&self) -> Vec<Vec<String>> {
         let head = ["host", "address", "behind", "which is", "seen as"].map(str::to_owned).to_vec();

@@ -7,9 +7,11 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::core::v1::Node as KubernetesNode;
 use keystone_kubelab::{ApiServer, Options};
 use keystone_lab::{Process, wait};
 use keystone_mesh_api::{LEDGER_LABEL, NAMESPACE, NETWORK_KEY_FIELD, NETWORK_KEY_SECRET};
+use kube::api::{Api, DeleteParams, ObjectMeta, PostParams};
 use serde_json::Value;
 
 use crate::scenario::stage::{ControlPlane, Founders};
@@ -61,6 +63,25 @@ impl Plane {
         mesh.begin(story, &["--registry", "kubernetes", "--kubeconfig", kubeconfig, "--status-listen", "51842"])?;
         ensure!(mesh.home_v4 == HOME, "home has {} and not the first address of the mesh", mesh.home_v4);
         Ok(Self { mesh, server, controller })
+    }
+
+    /// Makes a Node, as a kubelet does that has just registered.
+    pub(in crate::scenario) fn create_node(&self, name: &str) -> Result<()> {
+        let node = KubernetesNode {
+            metadata: ObjectMeta { name: Some(name.to_owned()), ..ObjectMeta::default() },
+            ..KubernetesNode::default()
+        };
+        self.server.with_client(self.server.admin(), async |client| {
+            Api::all(client).create(&PostParams::default(), &node).await.context("create a Node").map(drop)
+        })
+    }
+
+    /// Deletes a Node; it is gone when this returns.
+    pub(in crate::scenario) fn delete_node(&self, name: &str) -> Result<()> {
+        self.server.with_client(self.server.admin(), async |client| {
+            let nodes = Api::<KubernetesNode>::all(client);
+            nodes.delete(name, &DeleteParams::default()).await.context("delete a Node").map(drop)
+        })
     }
 
     /// The objects of a kind, as `kubectl get --output json` gives them.
