@@ -230,7 +230,8 @@ fn an_agent_changes_its_own_record_and_nothing_else() {
         let left: Value = serde_json::from_str(&server.kubectl(&["get", "node", "worker-2", "--output", "json"])?)?;
         ensure!(left["metadata"]["annotations"] == annotations(), "worker-2 was changed: {left}");
         let left: Value = serde_json::from_str(&server.kubectl(&["get", "node", "worker-1", "--output", "json"])?)?;
-        ensure!(left["spec"].get("taints").is_none() && left["status"].get("addresses").is_none(), "{left}");
+        let tainted = left["spec"]["taints"].to_string().contains("NoExecute");
+        ensure!(!tainted && left["status"].get("addresses").is_none(), "worker-1 was changed: {left}");
         Ok(())
     });
 }
