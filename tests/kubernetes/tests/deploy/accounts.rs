@@ -143,6 +143,8 @@ fn every_account_may_do_its_work_and_no_harm() {
                 format!("patch members/status.{GROUP}"),
                 format!("patch peers/status.{GROUP}"),
                 format!("patch jointokens/status.{GROUP}"),
+                format!("delete jointokens.{GROUP}"),
+                format!("create peers.{GROUP}"),
                 format!("update configmaps {NAMESPACE}/keystone-mesh-addresses-0"),
                 format!("update leases.coordination.k8s.io {lease}"),
             ],
