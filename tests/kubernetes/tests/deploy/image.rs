@@ -1,5 +1,6 @@
 //! The image: built without a registry, and run by a real kubelet and containerd as the manifests say.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,9 +11,10 @@ use keystone_kubelab::{ApiServer, ClusterNode, NodeOptions, Options, in_own_clus
 use keystone_lab::mesh::{Node, Program};
 use keystone_lab::ping::Pinger;
 use keystone_lab::{Wire, World, sandbox, tool, wait};
+use keystone_mesh_api::{AGENT_ACCOUNT, GATEWAY_ACCOUNT, NAMESPACE};
 use serde_json::{Value, json};
 
-use crate::{MANIFESTS, PATIENCE, POLL, can_go_on, documents, repository, run};
+use crate::{MANIFESTS, PATIENCE, POLL, can_go_on, documents, repository, run, shipped};
 
 /// Capability 12 (capabilities(7)), and no other.
 const NET_ADMIN: &str = "0000000000001000";
@@ -64,7 +66,7 @@ fn manifests(server: &str, network: &str) -> Vec<Value> {
     objects
 }
 
-/// The pods of a part, as `NAME READY RESTARTS` words.
+/// The pods of a part: name and whether it is ready.
 fn pods(server: &ApiServer, part: &str) -> Result<Vec<(String, bool)>> {
     let selector = format!("app.kubernetes.io/component={part}");
     let list = server.kubectl(&["-n", "keystone-mesh", "get", "pods", "--selector", &selector, "--output", "json"])?;
@@ -94,7 +96,9 @@ fn the_image_runs_as_the_manifests_say_and_brings_a_node_into_the_mesh() {
     in_own_cluster(name, || {
         let world = World::new(Wire::Offloaded)?;
         let (home, worker) = (world.public_host("home")?, world.public_host("worker")?);
-        let mut server = ApiServer::start(Options { host: Some(home.clone()), ..Options::default() })?;
+        let laptop = world.public_host("laptop")?;
+        let options = Options { host: Some(home.clone()), audit: true, ..Options::default() };
+        let mut server = ApiServer::start(options)?;
         server.start_controller_manager()?;
         server.start_scheduler()?;
 
@@ -108,8 +112,10 @@ fn the_image_runs_as_the_manifests_say_and_brings_a_node_into_the_mesh() {
         let kubeconfig = home.folder()?.join("admin-for-home");
         server.admin().write_kubeconfig(&kubeconfig)?;
         let gateway = format!("{}:51840", home.v4());
-        let kubeconfig = kubeconfig.to_str().context("UTF-8")?;
-        plane.up(&["--gateway", &gateway, "--registry", "kubernetes", "--kubeconfig", kubeconfig])?;
+        let up =
+            ["--gateway", &gateway, "--registry", "kubernetes", "--kubeconfig", kubeconfig.to_str().context("UTF-8")?];
+        plane.up(&up)?;
+        wait::until("home has its address", PATIENCE, POLL, || Ok(plane.mesh_v4().ok()))?;
 
         // One machine is all: its kubelet is told of nothing but the image.
         let mut node = ClusterNode::start(&server, NodeOptions::new(&worker, worker.v4().into(), home.v4().into()))?;
@@ -131,7 +137,17 @@ fn the_image_runs_as_the_manifests_say_and_brings_a_node_into_the_mesh() {
             });
             format!("{describe}\n{}", logs.collect::<String>())
         };
-        story(&server, &mut node, &plane).with_context(told)
+        story(&server, &mut node, &plane).with_context(told)?;
+
+        // The first start was an administrator's; every other is the gateway's account's.
+        plane.stop()?;
+        server.service_account(NAMESPACE, GATEWAY_ACCOUNT)?.write_kubeconfig(&kubeconfig)?;
+        plane.up(&up)?;
+        let joined = Node::new(&program, &laptop, "laptop")?;
+        joined.up_with_token(&plane.create_token(1)?)?;
+        wait::until("the laptop has its address", PATIENCE, POLL, || Ok(joined.mesh_v4().ok()))?;
+        joined.leave()?;
+        nothing_was_refused_and_agents_use_all_they_have(&server)
     });
 }
 
@@ -181,4 +197,49 @@ fn story(server: &ApiServer, node: &mut ClusterNode, plane: &Node) -> Result<()>
     })?;
     pinger.reply_to_request_after(std::time::Instant::now(), PATIENCE)?;
     node.run("ip", &["link", "show", "ksmesh0"]).map(drop)
+}
+
+/// From the API server's audit: no account of ours asked for what it may not, and the agent's has no right to spare.
+fn nothing_was_refused_and_agents_use_all_they_have(server: &ApiServer) -> Result<()> {
+    let mut used = BTreeSet::new();
+    for event in server.audit()? {
+        let account = event["user"]["username"]
+            .as_str()
+            .and_then(|user| user.strip_prefix("system:serviceaccount:keystone-mesh:"));
+        let Some(account) =
+            account.filter(|_| event["stage"] == "ResponseComplete" || event["stage"] == "ResponseStarted")
+        else {
+            continue;
+        };
+        let code = event["responseStatus"]["code"].as_u64().unwrap_or_default();
+        ensure!(code != 401 && code != 403, "{account} was refused: {event}");
+        let (verb, object) = (event["verb"].as_str().unwrap_or_default(), &event["objectRef"]);
+        if let Some(resource) = object["resource"].as_str() {
+            used.insert((account.to_owned(), verb.to_owned(), resource.to_owned()));
+        }
+    }
+    let agents = used.iter().filter(|(account, ..)| account == AGENT_ACCOUNT);
+    let agents: BTreeSet<(String, String)> =
+        agents.map(|(_, verb, resource)| (verb.clone(), resource.clone())).collect();
+    let mut granted = BTreeSet::new();
+    for role in [shipped("ClusterRole", AGENT_ACCOUNT), shipped("Role", AGENT_ACCOUNT)] {
+        for rule in role["rules"].as_array().unwrap() {
+            for (verb, resource) in product(&rule["verbs"], &rule["resources"]) {
+                granted.insert((verb, resource));
+            }
+        }
+    }
+    ensure!(agents == granted, "the agent's account uses {agents:?} and was given {granted:?}");
+    ensure!(
+        used.iter().any(|(account, verb, what)| account == GATEWAY_ACCOUNT && verb == "create" && what == "members")
+    );
+    Ok(())
+}
+
+fn product(verbs: &Value, resources: &Value) -> Vec<(String, String)> {
+    let words = |list: &Value| -> Vec<String> {
+        list.as_array().unwrap().iter().map(|word| word.as_str().unwrap().to_owned()).collect()
+    };
+    let resources = words(resources);
+    words(verbs).iter().flat_map(|verb| resources.iter().map(move |what| (verb.clone(), what.clone()))).collect()
 }
