@@ -143,11 +143,12 @@ fn the_image_runs_as_the_manifests_say_and_brings_a_node_into_the_mesh() {
         plane.stop()?;
         server.service_account(NAMESPACE, GATEWAY_ACCOUNT)?.write_kubeconfig(&kubeconfig)?;
         plane.up(&up)?;
+        wait::until("home is back", PATIENCE, POLL, || Ok(plane.mesh_v4().ok()))?;
         let joined = Node::new(&program, &laptop, "laptop")?;
         joined.up_with_token(&plane.create_token(1)?)?;
         wait::until("the laptop has its address", PATIENCE, POLL, || Ok(joined.mesh_v4().ok()))?;
         joined.leave()?;
-        nothing_was_refused_and_agents_use_all_they_have(&server)
+        nothing_was_refused_and_agents_use_all_they_have(&server).with_context(|| plane.log_tail(20))
     });
 }
 
