@@ -22,10 +22,10 @@ fn plans(criterion: &mut Criterion, nodes: u32) {
     let mut group = criterion.benchmark_group("plan");
     let (me, network, entries) = (secret(0).identity().id(), network(), mesh(nodes));
     let none = BTreeMap::new();
-    let planned = plan::plan(me, &network, &entries, &none, &Plan::default());
+    let planned = plan::plan(me, &network, &entries, &none);
     assert!(planned.faults.is_empty(), "{:?}", planned.faults);
     group.bench_function(BenchmarkId::new("plan", nodes), |b| {
-        b.iter(|| plan::plan(me, &network, black_box(&entries), &none, &planned));
+        b.iter(|| plan::plan(me, &network, black_box(&entries), &none));
     });
 
     let peers = peers(&planned);

@@ -73,6 +73,7 @@ pub const VERSION: &str = "1";
 pub const KEYS: &[Key] = &[
     Key { name: "identity", writer: Writer::Node },
     Key { name: "public-key", writer: Writer::Node },
+    Key { name: "key-proof", writer: Writer::Node },
     Key { name: "endpoints", writer: Writer::Node },
     Key { name: "nat", writer: Writer::Node },
     Key { name: "relay", writer: Writer::Node },

@@ -365,4 +365,6 @@ fn gone<'a>(
 }
 
 #[cfg(test)]
+mod attacks;
+#[cfg(test)]
 mod tests;

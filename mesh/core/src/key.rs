@@ -13,14 +13,18 @@ use std::str::FromStr;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use curve25519_dalek::scalar::clamp_integer;
+use curve25519_dalek::{EdwardsPoint, MontgomeryPoint, Scalar};
 use data_encoding::{Encoding, Specification};
+use ed25519_dalek::hazmat::{ExpandedSecretKey, raw_sign};
 use ed25519_dalek::{Signer as _, SigningKey, VerifyingKey};
 use hkdf::Hkdf;
-use sha2::Sha256;
+use sha2::{Sha256, Sha512};
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
 const IDENTITY_LABEL: &[u8] = b"keystone-mesh 1 identity";
 const WIREGUARD_LABEL: &[u8] = b"keystone-mesh 1 wireguard";
+const PROOF_LABEL: &[u8] = b"keystone-mesh 1 key proof";
 
 /// Why a key's text or bytes were refused. Never contains the key.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -260,6 +264,22 @@ impl PrivateKey {
         PublicKey(x25519_dalek::PublicKey::from(&x25519_dalek::StaticSecret::from(self.0)).to_bytes())
     }
 
+    /// Proves that whoever is `identity` has this key: see [`PublicKey::is_proved`].
+    pub fn prove(&self, identity: NodeId) -> Signature {
+        let scalar = Scalar::from_bytes_mod_order(clamp_integer(self.0));
+        let mut point = EdwardsPoint::mul_base(&scalar).compress().to_bytes();
+        // An X25519 key does not say which of two points it is. XEdDSA takes the one with the sign bit clear.
+        let scalar = if point[31] >> 7 == 1 { -scalar } else { scalar };
+        point[31] &= 0x7f;
+        let mut hash_prefix = [0; 32];
+        Hkdf::<Sha256>::new(None, &self.0)
+            .expand(PROOF_LABEL, &mut hash_prefix)
+            .expect("32 bytes are within HKDF-SHA256's limit of 255 blocks");
+        let public = VerifyingKey::from_bytes(&point).expect("a multiple of the base point is a point");
+        let expanded = ExpandedSecretKey { scalar, hash_prefix };
+        Signature(raw_sign::<Sha512>(&expanded, &proof_message(identity), &public).to_bytes())
+    }
+
     /// The X25519 shared secret with a peer, or none where the peer's key is of low order.
     pub fn agree(&self, peer: &PublicKey) -> Option<SharedSecret> {
         let shared =
@@ -295,6 +315,14 @@ impl fmt::Debug for SharedSecret {
     }
 }
 
+/// What a key signs to prove that `identity` has it.
+fn proof_message(identity: NodeId) -> [u8; PROOF_LABEL.len() + 32] {
+    let mut message = [0; PROOF_LABEL.len() + 32];
+    message[..PROOF_LABEL.len()].copy_from_slice(PROOF_LABEL);
+    message[PROOF_LABEL.len()..].copy_from_slice(&identity.0);
+    message
+}
+
 /// A WireGuard public key (X25519).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PublicKey([u8; 32]);
@@ -308,6 +336,16 @@ impl PublicKey {
     /// The 32 bytes.
     pub fn as_bytes(&self) -> &[u8; 32] {
         &self.0
+    }
+
+    /// Whether `proof` shows that whoever is `identity` has the private half of this key. The identity's own signature
+    /// says only that it claims to. The proof is a signature by the X25519 key itself, as XEdDSA makes it (Perrin, The
+    /// XEdDSA and VXEdDSA Signature Schemes, 2016).
+    pub fn is_proved(&self, identity: NodeId, proof: &Signature) -> bool {
+        let point = MontgomeryPoint(self.0).to_edwards(0).map(|point| point.compress().to_bytes());
+        let public = point.and_then(|point| VerifyingKey::from_bytes(&point).ok());
+        let proof = ed25519_dalek::Signature::from_bytes(&proof.0);
+        public.is_some_and(|public| public.verify_strict(&proof_message(identity), &proof).is_ok())
     }
 }
 
@@ -471,5 +509,25 @@ mod tests {
         let ba = b.agree(&a.public_key()).unwrap().derive(b"x");
         assert_eq!(ab, ba);
         assert!(a.agree(&PublicKey::from_bytes([0; 32])).is_none());
+    }
+
+    #[test]
+    fn a_wireguard_key_is_proved_by_its_owner_for_its_own_identity_alone() {
+        for byte in 0..40 {
+            let secret = Secret::from_bytes([byte; 32]);
+            let (id, key) = (secret.identity().id(), secret.wireguard(0));
+            let proof = key.prove(id);
+            assert!(key.public_key().is_proved(id, &proof), "{byte}");
+            let thief = Secret::from_bytes([byte + 1; 32]);
+            assert!(!key.public_key().is_proved(thief.identity().id(), &proof), "a copied proof");
+            assert!(
+                !key.public_key().is_proved(thief.identity().id(), &thief.wireguard(0).prove(thief.identity().id()))
+            );
+            assert!(!key.public_key().is_proved(id, &secret.identity().sign(&proof_message(id))));
+        }
+        let proof = Signature::from_bytes([0; 64]);
+        for point in [[0; 32], [1; 32], [0xff; 32]] {
+            assert!(!PublicKey::from_bytes(point).is_proved(NodeId::from_bytes([0; 32]), &proof));
+        }
     }
 }

@@ -417,7 +417,7 @@ impl Mesh {
     fn replan(&mut self, now: Instant) {
         let Some(network) = &self.network else { return };
         let before = std::mem::take(&mut self.plan);
-        self.plan = plan::plan(self.own.identity, network, &self.entries, &self.stated, &before);
+        self.plan = plan::plan(self.own.identity, network, &self.entries, &self.stated);
         let configured = |key: &PublicKey| self.plain.contains_key(key);
         let by_key = |plan: &Plan| -> BTreeMap<PublicKey, PeerConfig> {
             let configs = plan.configs().filter(|config| !configured(&config.key));

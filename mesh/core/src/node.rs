@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::facts::{Facts, FieldError, Malformed, Reader, serde_as_facts};
 use crate::io::excerpt;
-use crate::key::{Identity, NodeId, PublicKey, Signature, serde_as_text};
+use crate::key::{Identity, NodeId, PrivateKey, PublicKey, Signature, serde_as_text};
 use crate::path::{Candidate, Nat};
 use crate::relay::address::HostPort;
 
@@ -119,8 +119,17 @@ impl NodeRecord {
     /// Signs the record. The identity must be the one that the record names.
     pub fn sign(self, identity: &Identity) -> SignedRecord {
         assert_eq!(self.identity, identity.id(), "a node signs only its own record");
-        let signature = self.facts().sign(RECORD_KIND, identity);
-        SignedRecord { record: self, signature }
+        let unsigned = SignedRecord { record: self, key_proof: None, signature: Signature::from_bytes([0; 64]) };
+        unsigned.sign(identity)
+    }
+
+    /// Signs the record, with proof that the node has the WireGuard key that it shows. Readers ask for it where two
+    /// nodes show one key.
+    pub fn sign_with_key(self, identity: &Identity, key: &PrivateKey) -> SignedRecord {
+        assert_eq!(self.identity, identity.id(), "a node signs only its own record");
+        assert_eq!(self.public_key, key.public_key(), "a node proves only the key that it shows");
+        let key_proof = Some(key.prove(self.identity));
+        SignedRecord { record: self, key_proof, signature: Signature::from_bytes([0; 64]) }.sign(identity)
     }
 
     /// Whether two records differ in anything but their sequence number.
@@ -133,6 +142,7 @@ impl NodeRecord {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SignedRecord {
     record: NodeRecord,
+    key_proof: Option<Signature>,
     signature: Signature,
 }
 
@@ -142,9 +152,24 @@ impl SignedRecord {
         &self.record
     }
 
+    /// Whether the node has proved that the WireGuard key is its own.
+    pub fn proves_its_key(&self) -> bool {
+        let NodeRecord { identity, public_key, .. } = self.record;
+        self.key_proof.is_some_and(|proof| public_key.is_proved(identity, &proof))
+    }
+
     /// The facts with their signature, as stored and sent.
     pub fn to_map(&self) -> BTreeMap<String, String> {
-        self.record.facts().into_map("signature", &self.signature)
+        self.facts().into_map("signature", &self.signature)
+    }
+
+    fn facts(&self) -> Facts {
+        self.record.facts().set_list("key-proof", self.key_proof.as_slice())
+    }
+
+    fn sign(mut self, identity: &Identity) -> Self {
+        self.signature = self.facts().sign(RECORD_KIND, identity);
+        self
     }
 
     /// Reads and verifies [`SignedRecord::to_map`]'s form. Unknown keys are ignored: they are not signed.
@@ -153,6 +178,7 @@ impl SignedRecord {
         let name = reader.required("name");
         let identity = reader.required("identity");
         let public_key = reader.required("public-key");
+        let key_proof = reader.optional("key-proof");
         let endpoints = reader.list("endpoints", MAX_ENDPOINTS);
         let nat = reader.optional("nat").unwrap_or_default();
         let relays = reader.list("relay", MAX_RELAYS);
@@ -170,10 +196,10 @@ impl SignedRecord {
                 routes,
                 seq: seq?,
             };
-            Some(Self { record, signature: signature? })
+            Some(Self { record, key_proof, signature: signature? })
         })();
-        if let Some(Self { record, signature }) = &signed
-            && let Err(error) = record.facts().verify(RECORD_KIND, record.identity, signature)
+        if let Some(signed) = &signed
+            && let Err(error) = signed.facts().verify(RECORD_KIND, signed.record.identity, &signed.signature)
         {
             reader.fault(error);
         }

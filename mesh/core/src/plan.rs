@@ -6,6 +6,7 @@
 //! nothing from whoever has got the address since.
 
 use std::cmp::Reverse;
+use std::collections::btree_map::Entry as Slot;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
@@ -145,19 +146,18 @@ impl Plan {
     }
 }
 
-/// Computes what is wanted of node `me`. `before` is what was wanted until here: a node keeps its WireGuard key when
-/// another one comes and shows the same.
+/// Computes what is wanted of node `me`.
 pub fn plan(
     me: NodeId,
     network: &Network,
     entries: &BTreeMap<NodeName, Entry>,
     peers: &BTreeMap<NodeName, SignedPlainPeer>,
-    before: &Plan,
 ) -> Plan {
     let mut plan = Plan::default();
     let mut claims = Claims::default();
-    let own = entries.values().find(|entry| entry.record.get().identity == me);
-    for (entry, approval) in by_serial(network.id, entries, &mut plan.faults) {
+    let approved = by_serial(network.id, entries, &mut plan.faults);
+    let owners = owners(me, &approved);
+    for (entry, approval) in approved {
         let (name, record) = (entry.name(), entry.record.get());
         let mut granted = Vec::with_capacity(approval.addresses.len() + approval.routes.len());
         for &net in approval.addresses.iter().chain(&approval.routes) {
@@ -166,31 +166,34 @@ pub fn plan(
                 Err((other, taken)) => plan.faults.push(Fault::Overlap { name: name.clone(), net, other, taken }),
             }
         }
-        if record.identity == me {
-            plan.addresses = granted.iter().filter(|net| approval.addresses.contains(net)).copied().collect();
-            plan.relays.clone_from(&approval.relays);
-            continue;
+        match owners.get(&record.public_key).filter(|owner| owner.name() != name) {
+            Some(owner) => plan.faults.push(Fault::SharedKey { name: name.clone(), other: owner.name().clone() }),
+            None if record.identity == me => {
+                plan.addresses = granted.iter().filter(|net| approval.addresses.contains(net)).copied().collect();
+                plan.relays.clone_from(&approval.relays);
+            }
+            None => drop(plan.members.insert(record.public_key, member(network, record, approval, granted))),
         }
-        let held = |holder: &NodeName| {
-            let holds = |entry: &Entry| {
-                entry.record.get().public_key == record.public_key && entry.approved(network.id).is_some()
-            };
-            holder != name && entries.get(holder).is_some_and(holds)
-        };
-        let first = before.members.get(&record.public_key).map(|member| &member.name).filter(|name| held(name));
-        let mine = own.filter(|own| own.record.get().public_key == record.public_key).map(Entry::name);
-        let other = mine.or(first).or_else(|| plan.members.get(&record.public_key).map(|member| &member.name));
-        if let Some(other) = other {
-            let fault = Fault::SharedKey { name: name.clone(), other: other.clone() };
-            plan.faults.push(fault);
-            continue;
-        }
-        plan.members.insert(record.public_key, member(network, record, approval, granted));
     }
-    if let Some(own) = own {
+    if let Some(own) = entries.values().find(|entry| entry.record.get().identity == me) {
         serve(&mut plan, own, network, peers);
     }
     plan
+}
+
+/// Whose each WireGuard key is. Where two nodes show one key, it is that of the one that proves to have it, and where
+/// that does not tell them apart, of the one with the higher serial. Proofs are checked only then.
+fn owners<'a>(me: NodeId, approved: &[(&'a Entry, &Approval)]) -> BTreeMap<PublicKey, &'a Entry> {
+    let proves = |entry: &Entry| entry.record.get().identity == me || entry.record.proves_its_key();
+    let mut owners: BTreeMap<PublicKey, &Entry> = BTreeMap::new();
+    for (entry, _) in approved {
+        match owners.entry(entry.record.get().public_key) {
+            Slot::Vacant(slot) => drop(slot.insert(entry)),
+            Slot::Occupied(mut slot) if !proves(slot.get()) && proves(entry) => drop(slot.insert(entry)),
+            Slot::Occupied(_) => {}
+        }
+    }
+    owners
 }
 
 /// Adds the plain peers that this node serves. Each gets only what is approved as a route of this node: that is what
@@ -331,7 +334,7 @@ mod tests {
     }
 
     fn planned(list: Vec<Entry>) -> Plan {
-        plan(secret(2).identity().id(), &network(1), &entries(list), &BTreeMap::new(), &Plan::default())
+        plan(secret(2).identity().id(), &network(1), &entries(list), &BTreeMap::new())
     }
 
     #[test]
@@ -394,19 +397,30 @@ mod tests {
     }
 
     #[test]
-    fn whoever_shows_anothers_key_later_does_not_get_it() {
+    fn a_shared_key_is_that_of_whoever_proves_it() {
         let owner = entry(1, 4, "b", "10.98.0.4/32", &[]);
-        let before = planned(vec![owner.clone()]);
+        let proved = record(4, "b").sign_with_key(&secret(4).identity(), &secret(4).wireguard(0));
+        let owner = Entry { record: proved, ..owner };
+        for serial in [0, 9] {
+            let mut thief = record(3, "a");
+            thief.public_key = owner.record.get().public_key;
+            let approval = entry(1, 3, "a", "10.98.0.3/32", &[]).approval.unwrap().get().clone();
+            let approval = Some(Approval { serial, ..approval }.sign(&secret(1).identity()));
+            let thief = Entry { record: thief.sign(&secret(3).identity()), approval };
+            let plan = planned(vec![owner.clone(), thief]);
+            assert_eq!(plan.members, planned(vec![owner.clone()]).members);
+            assert!(matches!(&plan.faults[..], [Fault::SharedKey { name, .. }] if name.as_str() == "a"));
+        }
+    }
+
+    #[test]
+    fn nobody_takes_the_readers_own_key() {
         let mut thief = record(3, "a");
-        thief.public_key = owner.record.get().public_key;
-        let mut approval = entry(1, 3, "a", "10.98.0.3/32", &[]).approval.unwrap().get().clone();
-        approval.serial = 9;
-        let approval = Some(approval.sign(&secret(1).identity()));
-        let thief = Entry { record: thief.sign(&secret(3).identity()), approval };
-        let me = secret(2).identity().id();
-        let plan = plan(me, &network(1), &entries(vec![owner, thief]), &BTreeMap::new(), &before);
-        assert_eq!(plan.members, before.members);
-        assert!(matches!(plan.faults[..], [Fault::SharedKey { .. }]));
+        thief.public_key = secret(2).wireguard(0).public_key();
+        let thief = Entry { record: thief.sign(&secret(3).identity()), ..entry(1, 3, "a", "10.98.0.3/32", &[]) };
+        let plan = planned(vec![thief, entry(1, 2, "me", "10.98.0.2/32", &[])]);
+        assert!(plan.members.is_empty());
+        assert_eq!(plan.addresses, ["10.98.0.2/32".parse().unwrap()]);
     }
 
     #[test]

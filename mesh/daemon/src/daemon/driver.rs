@@ -392,7 +392,8 @@ impl Driver {
         self.last_seq = unix_now_ms().max(self.last_seq + 1);
         let record = NodeRecord { seq: self.last_seq, ..record };
         if let Some(registry) = &mut self.uplink.registry {
-            registry.publish(record.sign(&self.start.secret.identity()));
+            let key = self.config.private_key.clone().unwrap_or_else(|| self.start.secret.wireguard(0));
+            registry.publish(record.sign_with_key(&self.start.secret.identity(), &key));
         }
     }
 
