@@ -315,14 +315,16 @@ fn whoever_writes_on_every_node_changes_nothing_for_anybody() {
             let seen = reader.look(&world)?;
             ensure!(seen == before, "{what}: a reader now wants {seen:?} instead of {before:?}");
             // The approval comes back as it was, but for its serial; until then the last good one counts.
-            world.until(&format!("{what}: it is put right"), PATIENCE, async |client| {
-                let node_now = Api::<Node>::all(client.clone()).get_metadata(node).await?;
-                let (name, wanted) = (node.parse()?, &approvals[node]);
-                let Ok(Some(found)) = annotations::approval(&name, node_now.annotations()) else { return Ok(None) };
-                let same = found.get().addresses == wanted.addresses && found.get().routes == wanted.routes;
-                ensure!(found.get().network != world.key.id() || same, "{what}: approved was {:?}", found.get());
-                Ok((found.get().network == world.key.id() && found.get().identity == wanted.identity).then_some(()))
-            })?;
+            world
+                .until(&format!("{what}: it is put right"), PATIENCE, async |client| {
+                    let node_now = Api::<Node>::all(client.clone()).get_metadata(node).await?;
+                    let (name, wanted) = (node.parse()?, &approvals[node]);
+                    let Ok(Some(found)) = annotations::approval(&name, node_now.annotations()) else { return Ok(None) };
+                    let same = found.get().addresses == wanted.addresses && found.get().routes == wanted.routes;
+                    ensure!(found.get().network != world.key.id() || same, "{what}: approved was {:?}", found.get());
+                    Ok((found.get().network == world.key.id() && found.get().identity == wanted.identity).then_some(()))
+                })
+                .with_context(|| controller.process.log_tail(20))?;
             let seen = reader.look(&world)?;
             ensure!(seen == before, "{what}: afterwards a reader wants {seen:?} instead of {before:?}");
             // The victim's daemon puts its record back, which is not played here.
