@@ -60,11 +60,16 @@ fn definition((group, version, kind, plural): (&str, &str, &str, &str)) -> Strin
     .to_string()
 }
 
-/// What a role grants: verb and resource, with its subresource.
+/// Every object of the manifests.
+fn shipped() -> Vec<Value> {
+    let documents = serde_yaml_ng::Deserializer::from_str(MANIFESTS);
+    documents.map(|document| Value::deserialize(document).unwrap()).filter(|object| !object.is_null()).collect()
+}
+
+/// What the controller's roles grant: verb and resource, with its subresource.
 fn granted() -> BTreeSet<(String, String)> {
     let mut granted = BTreeSet::new();
-    let roles = serde_yaml_ng::Deserializer::from_str(MANIFESTS).map(|document| Value::deserialize(document).unwrap());
-    let roles = roles.filter(|object| {
+    let roles = shipped().into_iter().filter(|object| {
         ["ClusterRole", "Role"].iter().any(|kind| object["kind"] == *kind)
             && object["metadata"]["name"] == CONTROLLER_ACCOUNT
     });
@@ -291,9 +296,10 @@ fn whoever_writes_on_every_node_changes_nothing_for_anybody() {
     let name = "accounts::whoever_writes_on_every_node_changes_nothing_for_anybody";
     with_api_server(name, Options::default(), |server| {
         let world = World::new(server)?;
-        world.server.apply(MANIFESTS)?;
         // No policy holds, and the worker's account may do everything to Nodes.
-        world.server.kubectl(&["delete", "validatingadmissionpolicybindings,validatingadmissionpolicies", "--all"])?;
+        let mut objects = shipped();
+        objects.retain(|object| object["apiVersion"] != "admissionregistration.k8s.io/v1");
+        world.server.apply(&json!({"apiVersion": "v1", "kind": "List", "items": objects}).to_string())?;
         world.server.kubectl(&["create", "clusterrole", "all", "--verb=*", "--resource=nodes,nodes/status"])?;
         let subject = format!("--serviceaccount={NAMESPACE}:{AGENT_ACCOUNT}");
         world.server.kubectl(&["create", "clusterrolebinding", "all", "--clusterrole=all", &subject])?;
