@@ -2,8 +2,22 @@
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::CustomResource;
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
+
+/// A list of networks. The API server refuses what is none, by a rule of bounded cost: 43 characters is the longest
+/// IPv6 prefix in text.
+fn networks<const MOST: u32>(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "type": "array",
+        "maxItems": MOST,
+        "items": {"type": "string", "maxLength": 43},
+        "x-kubernetes-validations": [{
+            "rule": "self.all(network, isCIDR(network))",
+            "message": "every entry has to be a network, as in 10.42.0.0/24 or fd00:42::/64",
+        }],
+    })
+}
 
 /// A machine that a token or a person let into the network, whether or not it is a Node (yet).
 ///
@@ -22,8 +36,11 @@ use serde::{Deserialize, Serialize};
     printcolumn = r#"{"name":"Approved","type":"string","jsonPath":".status.conditions[?(@.type==\"Approved\")].status"}"#,
     printcolumn = r#"{"name":"Reason","type":"string","jsonPath":".status.conditions[?(@.type==\"Approved\")].reason"}"#,
     printcolumn = r#"{"name":"Token","type":"string","jsonPath":".spec.token","priority":1}"#,
+    printcolumn = r#"{"name":"Identity","type":"string","jsonPath":".spec.identity","priority":1}"#,
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#,
-    validation = "self.spec.identity == oldSelf.spec.identity"
+    validation = Rule::new("self.spec.identity == oldSelf.spec.identity").message(
+        "the identity of a Member cannot be changed, another identity is another machine: delete the Member first"
+    )
 )]
 #[serde(rename_all = "camelCase")]
 pub struct MemberSpec {
@@ -33,10 +50,11 @@ pub struct MemberSpec {
     pub identity: String,
     /// The join token that let it in, by id; none where a person did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = r"^[a-z2-7]{13}$"))]
     pub token: Option<String>,
     /// Networks that the machine may be the way to, beside its Node's podCIDRs.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 64))]
+    #[schemars(schema_with = "networks::<64>")]
     pub routes: Vec<String>,
 }
 
@@ -76,13 +94,15 @@ pub struct PeerSpec {
     pub public_key: String,
     /// The Node that serves it: it has to be reachable for the machine. Default: the control plane's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 253), regex(pattern = r"^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$"))]
     pub node: Option<String>,
     /// Where the machine is reached, `HOST:PORT`. Without one it has to come first, as a phone does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 259), regex(pattern = r"^([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[1-9][0-9]{0,4}$"))]
     pub endpoint: Option<String>,
     /// Networks behind the machine, as of another site.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 32))]
+    #[schemars(schema_with = "networks::<32>")]
     pub routes: Vec<String>,
     /// Seconds between keepalives that the serving node sends, 1 to 65535. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -118,9 +138,12 @@ pub struct PeerStatus {
     printcolumn = r#"{"name":"Uses","type":"integer","jsonPath":".spec.uses"}"#,
     printcolumn = r#"{"name":"Used","type":"integer","jsonPath":".status.used"}"#,
     printcolumn = r#"{"name":"Names","type":"string","jsonPath":".spec.namePattern"}"#,
-    printcolumn = r#"{"name":"Expires","type":"date","jsonPath":".spec.expires"}"#,
+    printcolumn = r#"{"name":"Expires","type":"string","jsonPath":".spec.expires"}"#,
     printcolumn = r#"{"name":"Revoked","type":"boolean","jsonPath":".spec.revoked"}"#,
-    validation = "self.spec.hash == oldSelf.spec.hash"
+    validation = Rule::new("self.spec.hash == oldSelf.spec.hash")
+        .message("the hash of a JoinToken cannot be changed: make another with `keystone-mesh token create`"),
+    validation = Rule::new("self.metadata.name.matches('^[a-z2-7]{13}$')")
+        .message("a JoinToken is named after its token's id, 13 characters a-z and 2-7")
 )]
 #[serde(rename_all = "camelCase")]
 pub struct JoinTokenSpec {
@@ -136,10 +159,11 @@ pub struct JoinTokenSpec {
     pub uses: Option<u32>,
     /// Which node names it is good for; `*` and `?` stand for characters. None for every name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = r"^[-a-z0-9.*?]{1,253}$"))]
     pub name_pattern: Option<String>,
     /// Networks that its machines may be the way to.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 64))]
+    #[schemars(schema_with = "networks::<64>")]
     pub routes: Vec<String>,
     /// Whether it was taken back.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -153,7 +177,7 @@ pub struct JoinTokenStatus {
     /// How many machines joined with it.
     #[serde(default)]
     pub used: u32,
-    /// Which ones, where their number is limited: a machine that asks again costs no second use.
+    /// Which ones: a machine that asks again costs no second use. Of a token for any number, only those of late.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub joined: Vec<String>,
 }

@@ -161,6 +161,11 @@ impl Ledger {
         live.min_by_key(|(host, _)| *host)
     }
 
+    /// What is noted of a number, held or given back.
+    pub fn noted(&self, host: u32) -> Option<&Claim> {
+        self.claims.get(&host)
+    }
+
     /// Claims a number: the one that the holder has or had, else one never given, else the one that rested longest
     /// beyond the quarantine. Idempotent. `now` in seconds since 1970.
     pub fn claim(&mut self, network: &Network, holder: &Holder, now: u64) -> Result<u32, Exhausted> {

@@ -1,0 +1,121 @@
+//! Whether a Node is reached through the mesh: the condition `MeshReady` and the startup taint.
+//!
+//! ```text
+//!            reached                       unreached for `unready_after`
+//!   (none) ─────────> True ──────────────────────────────────────────────> False
+//!      │                ^ │                  reached for `ready_after`       │
+//!      │                │ └─< silence for `report_life` >─> Unknown          │
+//!      └─> Unknown ─────┴────────────────────────────────────────────────────┘
+//! ```
+//!
+//! The taint is put on a fresh Node before its first condition is written, and lifted when the condition is True. A
+//! Node with the condition has been seen to, so a Node that was ready once never gets the taint again.
+
+use k8s_openapi::api::core::v1::Taint;
+use keystone_mesh_api::{READY_CONDITION, STARTUP_TAINT};
+
+use super::action::{Action, Effect, Target};
+use super::approvals;
+use super::census::{Machine, Standing};
+use super::conditions::Verdict;
+use crate::view::{ClusterView, Evidence, NodeView, Now};
+
+/// What there is to do about a Node's readiness.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Readiness {
+    /// The condition as it is to be; none where it stays.
+    pub(super) verdict: Option<Verdict>,
+    /// Puts on or lifts the taint.
+    pub(super) taints: Option<Action>,
+    /// When time alone will have changed the answer.
+    pub(super) again_at: Option<Now>,
+}
+
+/// Decides about a Node that is not being deleted.
+pub(super) fn judge(view: &ClusterView, machine: &Machine<'_>, node: &NodeView, now: Now) -> Readiness {
+    let tainted = node.taints.iter().any(|taint| taint.key == STARTUP_TAINT);
+    let current = node.conditions.get(READY_CONDITION).map(|condition| condition.status.as_str());
+    if tainted && current == Some("True") {
+        let wanted = node.taints.iter().filter(|taint| taint.key != STARTUP_TAINT).cloned().collect();
+        let reason = "the mesh reaches it: the startup taint is lifted";
+        return Readiness { taints: Some(set_taints(node, wanted, reason)), ..Readiness::default() };
+    }
+    if !tainted && current.is_none() && wants_taint(view, node, now) {
+        let taint = Taint { key: STARTUP_TAINT.to_owned(), effect: "NoSchedule".to_owned(), ..Taint::default() };
+        let wanted = node.taints.iter().cloned().chain([taint]).collect();
+        let reason = "it is fresh and the mesh does not reach it yet: the startup taint keeps pods off it";
+        return Readiness { taints: Some(set_taints(node, wanted, reason)), ..Readiness::default() };
+    }
+    let (verdict, again_at) = verdict(view, machine, current, now);
+    Readiness { verdict, taints: None, again_at }
+}
+
+/// Nodes of the control plane are where the others are reached from; what runs there must not wait for the mesh.
+fn wants_taint(view: &ClusterView, node: &NodeView, now: Now) -> bool {
+    let settings = view.settings();
+    settings.startup_taint && !node.is_control_plane() && now.saturating_sub(node.created) < settings.fresh
+}
+
+fn set_taints(node: &NodeView, wanted: Vec<Taint>, reason: &str) -> Action {
+    let target = Target { name: node.name.clone(), uid: node.uid.clone() };
+    Action {
+        effect: Effect::NodeTaints { target, seen: node.taints.clone(), wanted },
+        reason: reason.to_owned(),
+        events: Vec::new(),
+    }
+}
+
+fn verdict(
+    view: &ClusterView,
+    machine: &Machine<'_>,
+    current: Option<&str>,
+    now: Now,
+) -> (Option<Verdict>, Option<Now>) {
+    match &machine.standing {
+        Standing::Admitted { .. } if approvals::stands(machine) => evidence(view, machine, current, now),
+        Standing::Waiting(_) | Standing::Refused(_) | Standing::Changed { .. } | Standing::Revoked(_) => {
+            let why = "the node is not in the network; see the condition MeshApproved".to_owned();
+            (Some(Verdict::no(READY_CONDITION, "NotApproved", why)), None)
+        }
+        Standing::Silent
+        | Standing::Undecided(_)
+        | Standing::Spending
+        | Standing::Entering(_)
+        | Standing::Adopting(..)
+        | Standing::Admitted { .. }
+        | Standing::Leaving => (None, None),
+    }
+}
+
+fn evidence(
+    view: &ClusterView,
+    machine: &Machine<'_>,
+    current: Option<&str>,
+    now: Now,
+) -> (Option<Verdict>, Option<Now>) {
+    let settings = view.settings();
+    let ready = || Verdict::yes(READY_CONDITION, "Reached", "its peers reach it through the mesh".to_owned());
+    let unready = || {
+        let why = "its peers do not reach it through the mesh; `keystone-mesh doctor` on the node tells why".to_owned();
+        Verdict::no(READY_CONDITION, "Unreached", why)
+    };
+    let no_report = || {
+        let why = "no peer reports on it; is the status listener (status_listen) of a control-plane node's daemon on?";
+        Verdict::unknown(READY_CONDITION, "NoReport", why.to_owned())
+    };
+    // What has to be so for a while is decided again when the while is over.
+    let after = |since: Now, wait: u64, then: Verdict, until: Option<Verdict>| {
+        let due = since.saturating_add(wait);
+        if now >= due { (Some(then), None) } else { (until, Some(due)) }
+    };
+    let evidence = view.reports().evidence(machine.name, now, settings.report_life);
+    let first = current.is_none().then(no_report);
+    match (evidence, current) {
+        (Evidence::Reached(since), Some("False")) => after(since, settings.ready_after, ready(), None),
+        (Evidence::Reached(_), _) => (Some(ready()), None),
+        (Evidence::Unreached(_), Some("False")) => (Some(unready()), None),
+        (Evidence::Unreached(since), _) => after(since, settings.unready_after, unready(), first),
+        (Evidence::Silence(since), Some("True" | "False")) => after(since, settings.report_life, no_report(), None),
+        (Evidence::Silence(_), _) => (Some(no_report()), None),
+    }
+}

@@ -1,0 +1,319 @@
+//! Which networks lead to which node.
+//!
+//! Wanted are a Node's podCIDRs, what people write (`routes-extra`), what the node's record asks for, and what is behind
+//! the plain peers that it serves. Each is allowed or not by itself; of those that overlap the earlier holder keeps: who
+//! has it approved comes before who wants it, then the elder. The networks that are given never overlap, so one look to
+//! either side in their order finds every conflict.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use ipnet::IpNet;
+use keystone_mesh_core::admission::overlap;
+use keystone_mesh_core::facts::MAX_FACT;
+use keystone_mesh_core::network::Network;
+use keystone_mesh_core::node::{MAX_ROUTES, NodeName};
+
+use super::census::{Census, Machine};
+use super::plain::Serving;
+use crate::view::Settings;
+
+/// Who wants a network for a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    /// `spec.podCIDRs`.
+    PodCidr,
+    /// The annotation `routes-extra`.
+    Person,
+    /// The record's `routes-wanted`.
+    Record,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::PodCidr => "spec.podCIDRs",
+            Self::Person => "the annotation routes-extra",
+            Self::Record => "the node's record",
+        })
+    }
+}
+
+/// Who has a network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Owner<'a> {
+    Node(&'a NodeName),
+    Peer(&'a NodeName),
+}
+
+impl fmt::Display for Owner<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Node(name) => write!(f, "node `{name}`"),
+            Self::Peer(name) => write!(f, "plain peer `{name}`"),
+        }
+    }
+}
+
+/// Why a network is not given.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum RouteRefusal {
+    /// Nobody allowed it.
+    #[error(
+        "{net} ({asker}) is not allowed: add it to --allowed-routes of the controller, or to spec.routes of the Member"
+    )]
+    NotAllowed {
+        /// What was asked.
+        net: IpNet,
+        /// By whom.
+        asker: String,
+    },
+    /// A pod CIDR outside of those that there are.
+    #[error("{0} (spec.podCIDRs) is outside of the controller's --pod-cidrs")]
+    OutsidePodCidrs(IpNet),
+    /// Addresses that are never routed.
+    #[error("{0} is a default route, or loopback, link-local or multicast space; none of these leads to a node")]
+    Special(IpNet),
+    /// Another's.
+    #[error("{net} overlaps {taken} of {owner}, which has it already; each network has one way")]
+    Overlap {
+        /// What was asked.
+        net: IpNet,
+        /// What is there.
+        taken: IpNet,
+        /// Whose it is.
+        owner: String,
+    },
+    /// More than an approval can hold.
+    #[error("{0} is one network too many: a node is the way to at most {MAX_ROUTES}")]
+    TooMany(IpNet),
+}
+
+impl RouteRefusal {
+    /// For conditions.
+    pub(super) fn reason(&self) -> &'static str {
+        match self {
+            Self::NotAllowed { .. } => "RouteNotAllowed",
+            Self::OutsidePodCidrs(_) => "OutsidePodCIDRs",
+            Self::Special(_) => "RouteNotPossible",
+            Self::Overlap { .. } => "RouteOverlap",
+            Self::TooMany(_) => "TooManyRoutes",
+        }
+    }
+}
+
+/// What one machine or peer is given, and what not.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Granted {
+    pub(super) routes: BTreeSet<IpNet>,
+    pub(super) refused: Vec<RouteRefusal>,
+}
+
+/// Who is given what.
+#[derive(Debug, Default)]
+pub(super) struct Routes<'a> {
+    pub(super) machines: BTreeMap<&'a NodeName, Granted>,
+    /// Of plain peers, their own addresses included.
+    pub(super) peers: BTreeMap<&'a NodeName, Granted>,
+    /// The plain peers that a machine serves.
+    pub(super) served: BTreeMap<&'a NodeName, Vec<&'a NodeName>>,
+}
+
+/// Decides about every route.
+pub(super) fn grant<'a>(
+    network: &Network,
+    settings: &Settings,
+    census: &Census<'a>,
+    serving: &[Serving<'a>],
+) -> Routes<'a> {
+    let mut book = Book::new(network);
+    let mut wants: Vec<Wants<'a>> = Vec::new();
+    for machine in census.machines.values().filter(|machine| machine.admitted().is_some()) {
+        wants.push(Wants::of_machine(machine, settings, &mut book));
+    }
+    wants.sort_by_key(|wants| (wants.created, wants.name));
+    let mut of_peers: Vec<Wants<'a>> = serving.iter().map(|serving| Wants::of_peer(serving, &mut book)).collect();
+    of_peers.sort_by_key(|wants| (wants.created, wants.name));
+    wants.append(&mut of_peers);
+    for has_it in [true, false] {
+        for wants in &wants {
+            for net in wants.nets.iter().filter(|net| wants.held.contains(net) == has_it) {
+                book.give(wants, *net);
+            }
+        }
+    }
+    book.routes
+}
+
+/// What one machine or peer wants and may have, and what it has.
+struct Wants<'a> {
+    owner: Owner<'a>,
+    name: &'a NodeName,
+    created: u64,
+    /// Whose approval has to hold it.
+    carrier: &'a NodeName,
+    nets: Vec<IpNet>,
+    /// Those that are a plain peer's own addresses: of the mesh, and kept apart by the ledger.
+    own: Vec<IpNet>,
+    /// What it has already.
+    held: BTreeSet<IpNet>,
+}
+
+impl<'a> Wants<'a> {
+    fn of_machine(machine: &Machine<'a>, settings: &Settings, book: &mut Book<'a>) -> Self {
+        let mut nets = Vec::new();
+        for (net, source) in wanted(machine) {
+            if nets.contains(&net) {
+                continue;
+            }
+            match check(net, source, machine, settings) {
+                Ok(()) => nets.push(net),
+                // What it once asked for, and what has other grounds, as the addresses of plain peers.
+                Err(_) if machine.record.is_none() && source == Source::Record => {}
+                Err(refusal) => book.refuse(Owner::Node(machine.name), refusal),
+            }
+        }
+        let held = machine.in_force().map(|approval| approval.routes.iter().copied().collect()).unwrap_or_default();
+        let name = machine.name;
+        book.routes.machines.entry(name).or_default();
+        Self { owner: Owner::Node(name), name, created: machine.created(), carrier: name, nets, own: Vec::new(), held }
+    }
+
+    fn of_peer(serving: &Serving<'a>, book: &mut Book<'a>) -> Self {
+        let mut nets = serving.addresses.clone();
+        for &net in &serving.routes {
+            match special(net) {
+                false if !nets.contains(&net) => nets.push(net),
+                false => {}
+                true => book.refuse(Owner::Peer(serving.name), RouteRefusal::Special(net)),
+            }
+        }
+        let name = serving.name;
+        book.routes.peers.entry(name).or_default();
+        book.routes.served.entry(serving.node).or_default().push(name);
+        let held = serving.held.iter().copied().collect();
+        let own = serving.addresses.clone();
+        Self { owner: Owner::Peer(name), name, created: serving.created, carrier: serving.node, nets, own, held }
+    }
+}
+
+/// What leads to a machine, if it is allowed. Without a record nobody knows what it asks for, so what it has stays.
+fn wanted(machine: &Machine<'_>) -> Vec<(IpNet, Source)> {
+    let pods = machine.node.map(|node| node.pod_cidrs.as_slice()).unwrap_or_default();
+    let extra = machine.carried().map(|mesh| mesh.wishes.routes.as_slice()).unwrap_or_default();
+    let asked = match machine.record {
+        Some(record) => record.routes.as_slice(),
+        None => machine.in_force().map(|approval| approval.routes.as_slice()).unwrap_or_default(),
+    };
+    let of = |nets: &[IpNet], source| nets.iter().map(move |net| (net.trunc(), source)).collect::<Vec<_>>();
+    [of(pods, Source::PodCidr), of(extra, Source::Person), of(asked, Source::Record)].concat()
+}
+
+fn check(net: IpNet, source: Source, machine: &Machine<'_>, settings: &Settings) -> Result<(), RouteRefusal> {
+    if special(net) {
+        return Err(RouteRefusal::Special(net));
+    }
+    let inside = |allowed: &[IpNet]| allowed.iter().any(|allowed| allowed.contains(&net));
+    match source {
+        Source::PodCidr if settings.pod_cidrs.is_empty() || inside(&settings.pod_cidrs) => Ok(()),
+        Source::PodCidr => Err(RouteRefusal::OutsidePodCidrs(net)),
+        Source::Person | Source::Record => {
+            let of_member = machine.member.map(|member| member.routes.as_slice()).unwrap_or_default();
+            if inside(&settings.allowed_routes) || inside(of_member) {
+                Ok(())
+            } else {
+                Err(RouteRefusal::NotAllowed { net, asker: source.to_string() })
+            }
+        }
+    }
+}
+
+/// Loopback, link-local and multicast addresses, and what begins at the unspecified one, as the default route does.
+fn special(net: IpNet) -> bool {
+    match net {
+        IpNet::V4(v4) => {
+            let first = v4.network();
+            first.is_loopback() || first.is_link_local() || first.is_multicast() || first.is_unspecified()
+        }
+        IpNet::V6(v6) => {
+            let first = v6.network();
+            first.is_loopback() || first.is_unicast_link_local() || first.is_multicast() || first.is_unspecified()
+        }
+    }
+}
+
+/// A network and who has it; the mesh itself is nobody's.
+type Taken<'a> = (IpNet, Option<Owner<'a>>);
+
+/// The networks that are given: disjoint, by family and first address.
+struct Book<'a> {
+    taken: BTreeMap<(bool, u128), Taken<'a>>,
+    /// How many networks each approval holds, and how long their text is.
+    room: BTreeMap<&'a NodeName, (usize, usize)>,
+    routes: Routes<'a>,
+}
+
+impl<'a> Book<'a> {
+    fn new(network: &Network) -> Self {
+        let taken = network.prefixes().map(|net| (position(net), (net, None)));
+        Self { taken: taken.into(), room: BTreeMap::new(), routes: Routes::default() }
+    }
+
+    fn give(&mut self, wants: &Wants<'a>, net: IpNet) {
+        let own = wants.own.contains(&net);
+        if !own {
+            match self.conflict(net) {
+                // Covered by what it has already.
+                Some((taken, Some(owner))) if owner == wants.owner && taken.contains(&net) => return,
+                Some((taken, owner)) => {
+                    let owner = owner.map_or_else(|| "the mesh itself".to_owned(), |owner| owner.to_string());
+                    return self.refuse(wants.owner, RouteRefusal::Overlap { net, taken, owner });
+                }
+                None => {}
+            }
+        }
+        /// Between two networks in a list.
+        const SEPARATOR: usize = 2;
+        let (count, bytes) = self.room.get(wants.carrier).copied().unwrap_or_default();
+        let bytes = bytes + net.to_string().len() + SEPARATOR;
+        if count == MAX_ROUTES || bytes > MAX_FACT {
+            return self.refuse(wants.owner, RouteRefusal::TooMany(net));
+        }
+        self.room.insert(wants.carrier, (count + 1, bytes));
+        if !own {
+            self.taken.insert(position(net), (net, Some(wants.owner)));
+        }
+        self.granted(wants.owner).routes.insert(net);
+    }
+
+    /// The network that another one overlaps. Those that are taken are disjoint, so only the nearest one below and the
+    /// nearest one above can.
+    fn conflict(&self, net: IpNet) -> Option<Taken<'a>> {
+        let start = position(net);
+        let below = self.taken.range(..=start).next_back();
+        let above = self.taken.range(start..).next();
+        let mut near = below.into_iter().chain(above).map(|(_, taken)| *taken);
+        near.find(|(taken, _)| overlap(net, *taken))
+    }
+
+    fn refuse(&mut self, owner: Owner<'a>, refusal: RouteRefusal) {
+        let refused = &mut self.granted(owner).refused;
+        if !refused.contains(&refusal) {
+            refused.push(refusal);
+        }
+    }
+
+    fn granted(&mut self, owner: Owner<'a>) -> &mut Granted {
+        match owner {
+            Owner::Peer(name) => self.routes.peers.entry(name).or_default(),
+            Owner::Node(name) => self.routes.machines.entry(name).or_default(),
+        }
+    }
+}
+
+fn position(net: IpNet) -> (bool, u128) {
+    match net {
+        IpNet::V4(v4) => (false, v4.network().to_bits().into()),
+        IpNet::V6(v6) => (true, v6.network().to_bits()),
+    }
+}
