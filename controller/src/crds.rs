@@ -14,6 +14,11 @@ pub fn yaml(definition: &CustomResourceDefinition) -> Result<String, serde_yaml_
     serde_yaml_ng::to_string(definition)
 }
 
+/// The file of a definition in deploy/crds/.
+pub fn file_name(definition: &CustomResourceDefinition) -> String {
+    format!("{}.yaml", definition.spec.names.plural)
+}
+
 /// The derived schema describes the spec's type and calls the whole "auto-generated"; `kubectl explain` shows the whole
 /// first, so the words go there.
 fn described(mut definition: CustomResourceDefinition) -> CustomResourceDefinition {

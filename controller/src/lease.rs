@@ -213,7 +213,7 @@ pub async fn run(
         match call(api.replace(name, &PostParams::default(), &lease)).await {
             Ok(_) => tracing::info!(lease = name, "gave the leader lease back"),
             Err(error) => {
-                tracing::warn!(%error, lease = name, "the leader lease could not be given back; it will lapse")
+                tracing::warn!(%error, lease = name, "the leader lease could not be given back; it will lapse");
             }
         }
     }

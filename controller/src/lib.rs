@@ -11,8 +11,19 @@
 
 #![forbid(unsafe_code)]
 
+pub mod apply;
+pub mod args;
 pub mod crds;
 pub mod decide;
+pub mod driver;
+pub mod events;
+pub mod http;
+pub mod index;
 pub mod lease;
 pub mod metrics;
+pub mod queue;
+pub mod reports;
+pub mod run;
+pub mod slim;
 pub mod view;
+pub mod watch;

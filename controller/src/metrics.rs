@@ -85,11 +85,21 @@ pub struct Description {
 pub struct Metrics {
     /// Nodes by what became of their approval.
     pub nodes: Family<State, Gauge>,
+    /// Nodes by `MeshReady`.
+    pub ready_nodes: Family<State, Gauge>,
+    /// Plain peers by readiness.
+    pub peers: Family<State, Gauge>,
+    /// Join tokens by state.
+    pub join_tokens: Family<State, Gauge>,
+    /// Routes that were asked for and are not given.
+    pub refused_routes: Gauge,
+    /// Objects with something that does not read, by resource.
+    pub faulty_objects: Family<Resource, Gauge>,
     /// Addresses of the network by state.
     pub addresses: Family<State, Gauge>,
     /// Watched objects, by resource.
     pub objects: Family<Resource, Gauge>,
-    /// Faulty objects and annotations seen, by resource.
+    /// Objects that could not be read at all, by resource.
     pub malformed: Family<Resource, Counter>,
     /// Watches that had to be opened again.
     pub watch_restarts: Family<Resource, Counter>,
@@ -117,6 +127,11 @@ impl Default for Metrics {
     fn default() -> Self {
         Self {
             nodes: Family::default(),
+            ready_nodes: Family::default(),
+            peers: Family::default(),
+            join_tokens: Family::default(),
+            refused_routes: Gauge::default(),
+            faulty_objects: Family::default(),
             addresses: Family::default(),
             objects: Family::default(),
             malformed: Family::default(),
@@ -141,9 +156,18 @@ impl Metrics {
         let registry = registry.sub_registry_with_prefix(PREFIX);
         let mut table = Table { registry, rows: Vec::new() };
         table.gauge("nodes", "Nodes and members by what became of their approval", &self.nodes);
-        table.gauge("addresses", "Mesh addresses by state: claimed, quarantined or free", &self.addresses);
+        table.gauge("ready_nodes", "Nodes by their condition MeshReady: true, false or unknown", &self.ready_nodes);
+        table.gauge("peers", "Plain WireGuard peers by readiness: true or false", &self.peers);
+        table.gauge("join_tokens", "Join tokens by state: usable, expired, used-up or revoked", &self.join_tokens);
+        table.gauge("addresses", "IPv4 mesh addresses by state: held or free", &self.addresses);
+        table.gauge("refused_routes", "Routes that were asked for and are not given", &self.refused_routes);
+        table.gauge(
+            "faulty_objects",
+            "Objects that carry something which does not read, by resource",
+            &self.faulty_objects,
+        );
         table.gauge("objects", "Objects that are watched, by resource", &self.objects);
-        table.counter("malformed", "Objects that could not be read, by resource", &self.malformed);
+        table.counter("malformed", "Objects that could not be read at all, by resource", &self.malformed);
         table.counter("watch_restarts", "Watches that failed and were opened again, by resource", &self.watch_restarts);
         table.histogram(
             "reconcile_duration_seconds",
@@ -225,6 +249,10 @@ mod tests {
     fn every_description_is_what_a_scrape_says() {
         let metrics = Metrics::default();
         metrics.nodes.get_or_create(&State::of("approved")).set(1);
+        metrics.ready_nodes.get_or_create(&State::of("true")).set(1);
+        metrics.peers.get_or_create(&State::of("true")).set(1);
+        metrics.join_tokens.get_or_create(&State::of("usable")).set(1);
+        metrics.faulty_objects.get_or_create(&Resource::of("node")).set(1);
         metrics.addresses.get_or_create(&State::of("free")).set(1);
         metrics.objects.get_or_create(&Resource::of("nodes")).set(1);
         metrics.malformed.get_or_create(&Resource::of("nodes")).inc();

@@ -1,1 +1,51 @@
-//! A real Kubernetes for tests.
+//! A real Kubernetes for tests: nothing is mocked, everything runs in network namespaces and ends with the test.
+//!
+//! ```text
+//!   sandbox (keystone-lab)
+//!     ├─ etcd            127.0.0.1:2379, data on the sandbox's tmpfs
+//!     ├─ kube-apiserver  :6443, Node and RBAC authorization, a certificate authority of its own
+//!     └─ the test        speaks with it as whoever it likes: a person, a node, a ServiceAccount bound to a node
+//! ```
+//!
+//! One test, one API server, in a sandbox of its own; so the ports are always the same, tests never meet, and nothing
+//! stays behind. It is ready after some seconds, which is why a test here should show more than one thing:
+//!
+//! ```no_run
+//! # use keystone_kubelab::{Options, with_api_server};
+//! #[test]
+//! fn nodes_can_be_listed() {
+//!     with_api_server("nodes_can_be_listed", Options::default(), |server| {
+//!         server.apply(r#"{"apiVersion": "v1", "kind": "Node", "metadata": {"name": "a"}}"#)?;
+//!         assert_eq!(server.kubectl(&["get", "nodes", "--output", "name"])?, "node/a\n");
+//!         Ok(())
+//!     });
+//! }
+//! ```
+//!
+//! `cargo test` runs as many of them at once as the machine has cores; each takes about 500 MB of memory.
+
+#![forbid(unsafe_code)]
+
+mod access;
+mod api_server;
+mod assets;
+mod etcd;
+mod metrics;
+mod pki;
+
+pub use access::Access;
+pub use api_server::{ApiServer, Options, PORT};
+pub use assets::{Assets, can_test};
+pub use metrics::Metrics;
+
+use keystone_lab::sandbox;
+
+/// Runs `test` with an API server of its own, on the loopback of a sandbox of its own, and panics if it fails. Where that
+/// cannot be done the test is skipped, and says so; in CI it fails.
+///
+/// `name` is the test's path as the test program lists it, as for [`sandbox::in_own_world`].
+pub fn with_api_server(name: &str, options: Options, test: impl FnOnce(&mut ApiServer) -> anyhow::Result<()>) {
+    if sandbox::is_inside() || can_test() {
+        sandbox::in_own_world(name, || test(&mut ApiServer::start(options)?));
+    }
+}

@@ -47,7 +47,7 @@ mod router;
 pub mod sandbox;
 pub mod scenario;
 pub mod story;
-mod tool;
+pub mod tool;
 pub mod wait;
 pub mod wireguard;
 mod world;

@@ -26,14 +26,31 @@ pub struct Process {
 impl Process {
     /// Output of all runs of one program on one host goes to the same file, one after the other.
     pub(crate) fn spawn(namespace: &Namespace, command: &mut Command, log: &Path) -> Result<Self> {
+        Self::prepare(command, log)?;
+        let child = namespace.spawn(command)?;
+        Ok(Self::watch(command, child, log))
+    }
+
+    /// As [`Host::spawn`](crate::Host::spawn), in the network of the caller: where a sandbox has no hosts. Output is
+    /// appended to the file `log`.
+    pub fn start(command: &mut Command, log: &Path) -> Result<Self> {
+        Self::prepare(command, log)?;
         let name = command.get_program().to_string_lossy().into_owned();
+        let child = command.spawn().with_context(|| format!("start {name}"))?;
+        Ok(Self::watch(command, child, log))
+    }
+
+    fn prepare(command: &mut Command, log: &Path) -> Result<()> {
         let file = File::options().create(true).append(true).open(log);
         let file = file.with_context(|| format!("open {}", log.display()))?;
         // A group of its own: Ctrl-C in the terminal is for the lab, which then ends everything.
         command.env("PATH", tool::search_path()).stdin(Stdio::null()).process_group(0);
         command.stdout(file.try_clone().context("share the log file")?).stderr(file);
-        let child = namespace.spawn(command)?;
-        Ok(Self { name, child, log: log.to_owned() })
+        Ok(())
+    }
+
+    fn watch(command: &Command, child: Child, log: &Path) -> Self {
+        Self { name: command.get_program().to_string_lossy().into_owned(), child, log: log.to_owned() }
     }
 
     /// Process id inside the sandbox.
@@ -53,10 +70,15 @@ impl Process {
         Ok(())
     }
 
+    /// Sends any signal: SIGSTOP makes a program silent without ending it, SIGCONT lets it go on.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = Pid::from_raw(i32::try_from(self.child.id()).context("process ids fit in 31 bits")?);
+        kill(pid, signal).with_context(|| format!("send {signal} to {}", self.name))
+    }
+
     /// SIGTERM, and wait for a clean end.
     pub fn terminate(mut self, patience: Duration) -> Result<ExitStatus> {
-        let pid = Pid::from_raw(i32::try_from(self.child.id()).context("process ids fit in 31 bits")?);
-        kill(pid, Signal::SIGTERM).with_context(|| format!("send SIGTERM to {}", self.name))?;
+        self.signal(Signal::SIGTERM)?;
         let what = format!("{} ends after SIGTERM", self.name);
         wait::until(&what, patience, POLL, || self.ended())
     }

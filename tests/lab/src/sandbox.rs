@@ -181,6 +181,8 @@ pub fn settle() -> Result<Place> {
     // Containers mask parts of /proc and then refuse a fresh one; theirs works too, it only shows more processes.
     let _masked = mount_private("proc", "/proc");
     fs::create_dir_all(crate::netns::RUN_NETNS).context("make /run/netns")?;
+    // Programs that run outside of any host have 127.0.0.1 and nothing else.
+    tool::feed(Command::new("ip").args(["-batch", "-"]), "link set dev lo up\n").context("bring loopback up")?;
     fs::create_dir_all(SCRATCH).context("make the scratch folder")?;
     thread::Builder::new().name("lifeline".into()).spawn(follow_lifeline).context("start the lifeline")?;
     Ok(place)

@@ -1,4 +1,5 @@
-//! Calls of `ip`, `nft` and `tc`: whole batches on stdin, and errors that quote the line that failed.
+//! Calls of programs that end soon (`ip`, `nft`, `kubectl`): whole batches on stdin, and errors that quote the line that
+//! failed.
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -11,19 +12,19 @@ use anyhow::{Context, Result, anyhow, bail};
 const SYSTEM_FOLDERS: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 
 /// The PATH that the lab searches and gives to what it starts.
-pub(crate) fn search_path() -> OsString {
+pub fn search_path() -> OsString {
     let mut folders: Vec<PathBuf> = env::var_os("PATH").map(|p| env::split_paths(&p).collect()).unwrap_or_default();
     folders.extend(SYSTEM_FOLDERS.iter().map(PathBuf::from));
     env::join_paths(folders).unwrap_or_else(|_colon_in_a_folder| SYSTEM_FOLDERS.join(":").into())
 }
 
 /// Where `program` is found, if it is.
-pub(crate) fn find(program: &str) -> Option<PathBuf> {
+pub fn find(program: &str) -> Option<PathBuf> {
     env::split_paths(&search_path()).map(|folder| folder.join(program)).find(|path| path.is_file())
 }
 
 /// Runs `command` with `input` on stdin and returns its stdout; a failure quotes the input line it speaks of.
-pub(crate) fn feed(command: &mut Command, input: &str) -> Result<String> {
+pub fn feed(command: &mut Command, input: &str) -> Result<String> {
     let name = command.get_program().to_string_lossy().into_owned();
     let mut child = command
         .env("PATH", search_path())

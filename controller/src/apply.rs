@@ -1,0 +1,239 @@
+//! Carries out one effect: the request to the API server, and what its answer means.
+
+use std::time::{Duration, Instant};
+
+use k8s_openapi::api::core::v1::{ConfigMap, Taint};
+use keystone_mesh_api::{CONTROLLER_MANAGER, JoinToken, LEDGER_LABEL, LEDGER_PREFIX, Member, Peer};
+use keystone_mesh_core::annotations;
+use keystone_mesh_core::directory::Carrier;
+use keystone_mesh_core::key::Identity;
+use keystone_mesh_core::ledger::PageEdit;
+use kube::api::{DeleteParams, ObjectMeta, Patch, PatchParams, PostParams, Preconditions};
+use kube::core::Status;
+use kube::{Api, Client, Resource};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use crate::decide::{Effect, Target};
+use crate::lease::Leadership;
+use crate::queue::Outcome;
+use crate::slim::SlimNode;
+use crate::watch::Object;
+
+/// A write that takes longer has failed. The API server gives itself 60 s, but whoever waits that long is better off
+/// with a fresh decision.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Writes to the API server, while this replica leads.
+#[derive(Clone)]
+pub struct Applier {
+    client: Client,
+    namespace: String,
+    key: std::sync::Arc<Identity>,
+    leadership: Leadership,
+}
+
+/// What became of a write.
+#[derive(Debug)]
+pub struct Applied {
+    /// In a word.
+    pub outcome: Outcome,
+    /// The object as it stands, where the API server said.
+    pub object: Option<Object>,
+    /// Why not, in its words.
+    pub error: Option<String>,
+    /// The HTTP status code of the error, where one came.
+    pub code: Option<u16>,
+}
+
+impl Applied {
+    fn done(object: Option<Object>) -> Self {
+        Self { outcome: Outcome::Done, object, error: None, code: None }
+    }
+
+    fn failed(outcome: Outcome, error: String, code: Option<u16>) -> Self {
+        Self { outcome, object: None, error: Some(error), code }
+    }
+}
+
+impl Applier {
+    /// Signs with `key`; keeps the ledger in `namespace`.
+    pub fn new(client: Client, namespace: String, key: Identity, leadership: Leadership) -> Self {
+        Self { client, namespace, key: key.into(), leadership }
+    }
+
+    /// Carries out an effect, unless this replica does not lead any longer.
+    pub async fn apply(&self, effect: Effect) -> Applied {
+        if !self.leadership.holds(Instant::now()) {
+            return Applied::failed(Outcome::Dropped, "this replica does not lead any longer".into(), None);
+        }
+        match tokio::time::timeout(TIMEOUT, self.send(effect)).await {
+            Ok(Ok(object)) => Applied::done(object),
+            Ok(Err(error)) => judge(&error),
+            Err(_) => Applied::failed(Outcome::Failed, format!("no answer within {TIMEOUT:?}"), None),
+        }
+    }
+
+    async fn send(&self, effect: Effect) -> kube::Result<Option<Object>> {
+        match effect {
+            Effect::Ledger { edit, resource_version } => self.write_page(edit, resource_version).await,
+            Effect::Approve { carrier, target, approval } => {
+                let metadata = json!({"annotations": annotations::of_approval(&approval.sign(&self.key))});
+                match carrier {
+                    Carrier::Node => self.apply_to::<SlimNode>(&target, json!({"metadata": metadata}), node).await,
+                    Carrier::Member => self.apply_to::<Member>(&target, json!({"metadata": metadata}), member).await,
+                }
+            }
+            Effect::StatePeer { target, peer: statement } => {
+                let metadata = json!({"annotations": statement.sign(&self.key).to_annotations()});
+                self.apply_to::<Peer>(&target, json!({"metadata": metadata}), peer).await
+            }
+            Effect::MemberStatus { target, status } => {
+                self.apply_status::<Member>(&target, json!(status), member).await
+            }
+            Effect::PeerStatus { target, status } => self.apply_status::<Peer>(&target, json!(status), peer).await,
+            Effect::TokenStatus { name, resource_version, status } => {
+                // Lists that are empty are left out of a status, and a merge would keep what stood there.
+                let status = json!({"used": status.used, "joined": status.joined});
+                let patch = json!({"metadata": {"resourceVersion": resource_version}, "status": status});
+                let api = Api::<JoinToken>::all(self.client.clone());
+                let token = api.patch_status(&name, &ours(), &Patch::Merge(patch)).await?;
+                Ok(Some(Object::Token(Box::new(token))))
+            }
+            Effect::NodeConditions { target, conditions } => {
+                let patch = json!({"metadata": {"uid": target.uid}, "status": {"conditions": conditions}});
+                let patched =
+                    self.nodes().patch_status(target.name.as_str(), &ours(), &Patch::Strategic(patch)).await?;
+                Ok(Some(node(patched)))
+            }
+            Effect::NodeTaints { target, seen, wanted } => {
+                let patch = serde_json::from_value(taints_patch(&target.uid, &seen, &wanted));
+                let patch = Patch::<()>::Json(patch.expect("it has the form of RFC 6902"));
+                Ok(Some(node(self.nodes().patch(target.name.as_str(), &ours(), &patch).await?)))
+            }
+            Effect::NodeInit { target, labels, provider_id } => {
+                let mut patch = json!({"metadata": {"uid": target.uid, "labels": labels}});
+                if let Some(provider_id) = provider_id {
+                    patch["spec"] = json!({"providerID": provider_id});
+                }
+                Ok(Some(node(self.nodes().patch(target.name.as_str(), &ours(), &Patch::Merge(patch)).await?)))
+            }
+            Effect::NodeAddresses { target, addresses } => {
+                let patch = json!({"metadata": {"uid": target.uid}, "status": {"addresses": addresses}});
+                Ok(Some(node(self.nodes().patch_status(target.name.as_str(), &ours(), &Patch::Merge(patch)).await?)))
+            }
+            Effect::DeleteMember { target } => {
+                let only = Preconditions { uid: Some(target.uid), ..Preconditions::default() };
+                let params = DeleteParams { preconditions: Some(only), ..DeleteParams::default() };
+                Api::<Member>::all(self.client.clone()).delete(target.name.as_str(), &params).await?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// The page as a whole, over the very version that was read.
+    async fn write_page(&self, edit: PageEdit, resource_version: Option<String>) -> kube::Result<Option<Object>> {
+        let api = Api::<ConfigMap>::namespaced(self.client.clone(), &self.namespace);
+        let name = format!("{LEDGER_PREFIX}{}", edit.page);
+        let create = resource_version.is_none();
+        let page = ConfigMap {
+            metadata: ObjectMeta {
+                name: Some(name.clone()),
+                namespace: Some(self.namespace.clone()),
+                labels: Some([(LEDGER_LABEL.to_owned(), edit.page.to_string())].into()),
+                resource_version,
+                ..ObjectMeta::default()
+            },
+            data: Some(edit.data),
+            ..ConfigMap::default()
+        };
+        let params = PostParams { field_manager: Some(CONTROLLER_MANAGER.to_owned()), ..PostParams::default() };
+        let written =
+            if create { api.create(&params, &page).await? } else { api.replace(&name, &params, &page).await? };
+        Ok(Some(Object::Page(Box::new(written))))
+    }
+
+    async fn apply_to<K>(&self, target: &Target, wanted: Value, object: fn(K) -> Object) -> kube::Result<Option<Object>>
+    where
+        K: Resource<DynamicType = ()> + Clone + DeserializeOwned + std::fmt::Debug,
+    {
+        let api = Api::<K>::all(self.client.clone());
+        let patch = Patch::Apply(identified::<K>(target, wanted));
+        Ok(Some(object(api.patch(target.name.as_str(), &ours().force(), &patch).await?)))
+    }
+
+    async fn apply_status<K>(
+        &self,
+        target: &Target,
+        status: Value,
+        object: fn(K) -> Object,
+    ) -> kube::Result<Option<Object>>
+    where
+        K: Resource<DynamicType = ()> + Clone + DeserializeOwned + std::fmt::Debug,
+    {
+        let api = Api::<K>::all(self.client.clone());
+        let patch = Patch::Apply(identified::<K>(target, json!({"status": status})));
+        Ok(Some(object(api.patch_status(target.name.as_str(), &ours().force(), &patch).await?)))
+    }
+
+    fn nodes(&self) -> Api<SlimNode> {
+        Api::all(self.client.clone())
+    }
+}
+
+fn node(node: SlimNode) -> Object {
+    Object::Node(Box::new(node))
+}
+
+fn member(member: Member) -> Object {
+    Object::Member(Box::new(member))
+}
+
+fn peer(peer: Peer) -> Object {
+    Object::Peer(Box::new(peer))
+}
+
+fn ours() -> PatchParams {
+    PatchParams { field_manager: Some(CONTROLLER_MANAGER.to_owned()), ..PatchParams::default() }
+}
+
+/// Server-side apply names the object in its body; with the uid it neither creates one nor hits a successor.
+fn identified<K: Resource<DynamicType = ()>>(target: &Target, mut wanted: Value) -> Value {
+    wanted["apiVersion"] = K::api_version(&()).into();
+    wanted["kind"] = K::kind(&()).into();
+    wanted["metadata"]["name"] = target.name.as_str().into();
+    wanted["metadata"]["uid"] = target.uid.as_str().into();
+    wanted
+}
+
+/// Taints are a list without keys to merge by that all writers share; so it is replaced only as it was seen.
+fn taints_patch(uid: &str, seen: &[Taint], wanted: &[Taint]) -> Value {
+    // An absent list tests equal to null, and to an empty one it does not.
+    let seen = if seen.is_empty() { Value::Null } else { json!(seen) };
+    json!([
+        {"op": "test", "path": "/metadata/uid", "value": uid},
+        {"op": "test", "path": "/spec/taints", "value": seen},
+        {"op": "add", "path": "/spec/taints", "value": wanted},
+    ])
+}
+
+fn judge(error: &kube::Error) -> Applied {
+    let kube::Error::Api(status) = error else {
+        return Applied::failed(Outcome::Failed, error.to_string(), None);
+    };
+    let outcome = match status.code {
+        404 => Outcome::Gone,
+        409 => Outcome::Conflict,
+        422 if is_failed_test(status) => Outcome::Conflict,
+        429 => Outcome::Failed,
+        400..=499 => Outcome::Refused,
+        _ => Outcome::Failed,
+    };
+    Applied::failed(outcome, status.message.clone(), Some(status.code))
+}
+
+/// A JSON patch whose `test` did not hold answers 422, as an invalid object does.
+fn is_failed_test(status: &Status) -> bool {
+    let causes = status.details.iter().flat_map(|details| &details.causes).map(|cause| &cause.message);
+    causes.chain([&status.message]).any(|message| message.to_ascii_lowercase().contains("testing"))
+}

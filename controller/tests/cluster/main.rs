@@ -1,0 +1,12 @@
+//! The controller's program against a real API server, each test in a sandbox of its own.
+
+#![expect(clippy::unwrap_used, reason = "a test may fail wherever it likes")]
+
+mod approval;
+mod crds;
+mod effects;
+mod outages;
+mod races;
+mod scale;
+mod storms;
+mod world;

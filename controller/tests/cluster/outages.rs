@@ -1,0 +1,151 @@
+//! The API server goes, forgets, or falls silent.
+
+use std::io;
+use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Result;
+use keystone_kubelab::PORT;
+use nix::sys::signal::Signal;
+
+use crate::world::{Machine, PATIENCE, create, delete, in_world};
+
+const AUTO: &[&str] = &["--approval=auto"];
+
+#[test]
+fn what_happened_before_a_compaction_is_seen_after_it() {
+    in_world("outages::what_happened_before_a_compaction_is_seen_after_it", |world| {
+        let controller = world.controller("a", 9001, AUTO)?;
+        let machines = Machine::many("w", 6);
+        world.with_client(async |client| create(&client, &machines[..4]).await)?;
+        world.until_approved(&machines[..4], PATIENCE)?;
+
+        // While it sleeps nodes come and go, and the history that would tell of it is forgotten.
+        controller.process.signal(Signal::SIGSTOP)?;
+        world.with_client(async |client| {
+            delete(&client, &machines[..2]).await?;
+            create(&client, &machines[4..]).await
+        })?;
+        world.server.compact()?;
+        world.server.kill()?;
+        world.server.restart()?;
+        controller.process.signal(Signal::SIGCONT)?;
+        world.until_approved(&machines[2..], PATIENCE)?;
+        Ok(())
+    });
+}
+
+#[test]
+fn an_api_server_that_was_away_finds_the_same_controller_at_work() {
+    in_world("outages::an_api_server_that_was_away_finds_the_same_controller_at_work", |world| {
+        let mut controller = world.controller("a", 9001, AUTO)?;
+        let machines = Machine::many("w", 8);
+        world.with_client(async |client| create(&client, &machines[..4]).await)?;
+        world.until_approved(&machines[..4], PATIENCE)?;
+        world.server.kill()?;
+        controller.until_logged("does not lead any longer", PATIENCE)?;
+        world.server.restart()?;
+        world.with_client(async |client| {
+            create(&client, &machines[4..]).await?;
+            delete(&client, &machines[..1]).await
+        })?;
+        world.until_approved(&machines[1..], PATIENCE)?;
+        assert!(controller.process.ended()?.is_none());
+
+        world.server.kill()?;
+        world.server.kill_etcd()?;
+        world.server.restart()?;
+        world.with_client(async |client| delete(&client, &machines[1..2]).await)?;
+        world.until_approved(&machines[2..], PATIENCE)?;
+        assert!(controller.process.ended()?.is_none());
+        Ok(())
+    });
+}
+
+#[test]
+fn an_api_server_that_stood_still_is_taken_up_again() {
+    in_world("outages::an_api_server_that_stood_still_is_taken_up_again", |world| {
+        let mut controller = world.controller("a", 9001, AUTO)?;
+        let machines = Machine::many("w", 4);
+        world.with_client(async |client| create(&client, &machines[..2]).await)?;
+        world.until_approved(&machines[..2], PATIENCE)?;
+        world.server.freeze()?;
+        controller.until_logged("does not lead any longer", PATIENCE)?;
+        world.server.thaw()?;
+        world.with_client(async |client| create(&client, &machines[2..]).await)?;
+        world.until_approved(&machines, PATIENCE)?;
+        assert!(controller.process.ended()?.is_none());
+        Ok(())
+    });
+}
+
+#[test]
+fn a_watch_that_falls_silent_is_opened_again() {
+    in_world("outages::a_watch_that_falls_silent_is_opened_again", |world| {
+        let road = Road::start(7443)?;
+        let access = world.server.admin().clone().at("https://127.0.0.1:7443");
+        let flags = ["--approval=auto", "--watch-life=5"];
+        let controller = world.controller_as(&access, "a", 9001, &flags)?;
+        let machines = Machine::many("w", 4);
+        world.with_client(async |client| create(&client, &machines[..2]).await)?;
+        world.until_approved(&machines[..2], PATIENCE)?;
+
+        road.silence();
+        world.with_client(async |client| {
+            create(&client, &machines[2..]).await?;
+            delete(&client, &machines[..1]).await
+        })?;
+        world.until_approved(&machines[1..], PATIENCE)?;
+        drop(controller);
+        Ok(())
+    });
+}
+
+/// A road to the API server on which connections can fall silent: they stay open and carry nothing any more, as behind
+/// a NAT that forgot them. Those that are opened later work.
+struct Road(Arc<AtomicU64>);
+
+impl Road {
+    fn start(port: u16) -> Result<Self> {
+        let listener = TcpListener::bind(("127.0.0.1", port))?;
+        let generation = Arc::new(AtomicU64::new(0));
+        let current = generation.clone();
+        thread::spawn(move || {
+            for client in listener.incoming().map_while(Result::ok) {
+                if let Ok(server) = TcpStream::connect(("127.0.0.1", PORT)) {
+                    let born = current.load(Ordering::SeqCst);
+                    Self::carry(&client, &server, born, &current);
+                    Self::carry(&server, &client, born, &current);
+                }
+            }
+        });
+        Ok(Self(generation))
+    }
+
+    fn carry(from: &TcpStream, to: &TcpStream, born: u64, current: &Arc<AtomicU64>) {
+        let (Ok(from), Ok(to), current) = (from.try_clone(), to.try_clone(), current.clone()) else { return };
+        thread::spawn(move || {
+            let (mut reader, mut writer) = (&from, &to);
+            let mut buffer = [0; 16 << 10];
+            while let Ok(length) = io::Read::read(&mut reader, &mut buffer) {
+                let silent = current.load(Ordering::SeqCst) != born;
+                if length == 0 || (!silent && io::Write::write_all(&mut writer, &buffer[..length]).is_err()) {
+                    break;
+                }
+            }
+            if current.load(Ordering::SeqCst) == born {
+                let _ = to.shutdown(std::net::Shutdown::Both);
+            } else {
+                // Not even its end is heard of.
+                thread::sleep(Duration::from_secs(600));
+            }
+        });
+    }
+
+    fn silence(&self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}

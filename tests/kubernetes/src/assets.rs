@@ -1,0 +1,69 @@
+//! The programs of Kubernetes: where they are, and what to do where they are not.
+
+use std::env;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+
+/// Builds the programs, and says where they are.
+const INSTALL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/install");
+
+/// What an API server needs: the programs that envtest's own folder has.
+const CONTROL_PLANE: &[&str] = &["etcd", "kube-apiserver", "kubectl"];
+
+/// What nodes and the control plane's controllers need besides.
+const CLUSTER: &[&str] =
+    &["etcd", "kube-apiserver", "kubectl", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy"];
+
+/// A folder with programs of Kubernetes.
+#[derive(Clone, Debug)]
+pub struct Assets(PathBuf);
+
+impl Assets {
+    /// The programs of an API server: from the folder that `KUBEBUILDER_ASSETS` names if all are there, or else from what
+    /// tests/assets/install built.
+    pub fn find() -> Result<Self> {
+        Self::find_with(CONTROL_PLANE)
+    }
+
+    /// As [`Self::find`], with all that a cluster with nodes needs.
+    pub fn find_for_cluster() -> Result<Self> {
+        Self::find_with(CLUSTER)
+    }
+
+    fn find_with(programs: &[&str]) -> Result<Self> {
+        let given = env::var_os("KUBEBUILDER_ASSETS").map(PathBuf::from);
+        if let Some(folder) = given.filter(|folder| has(folder, programs)) {
+            return Ok(Self(folder));
+        }
+        let asked = Command::new(INSTALL).arg("--path").stdin(Stdio::null()).output();
+        let asked = asked.with_context(|| format!("start {INSTALL}"))?;
+        let folder = PathBuf::from(String::from_utf8_lossy(&asked.stdout).trim());
+        ensure!(
+            has(&folder, programs),
+            "the programs of Kubernetes are not built; `make test-assets` does it, in some minutes"
+        );
+        Ok(Self(folder))
+    }
+
+    /// The path of one of them.
+    pub fn program(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+fn has(folder: &Path, programs: &[&str]) -> bool {
+    programs.iter().all(|program| folder.join(program).is_file())
+}
+
+/// Whether a test can run an API server here. If not it says SKIPPED and why; in CI (`CI` is set) nothing is skipped, and
+/// the test fails.
+pub fn can_test() -> bool {
+    let Err(err) = Assets::find() else { return true };
+    assert!(env::var_os("CI").is_none(), "there is no Kubernetes, and in CI nothing is skipped: {err:#}");
+    // A test has no better place to say so than its output.
+    let _nobody_reads = io::stderr().write_all(format!("SKIPPED: {err:#}\n").as_bytes());
+    false
+}
