@@ -31,7 +31,7 @@ help: ## List the tasks
 
 .PHONY: lab
 lab: ## Play the home-and-cloud scenario with real daemons on a small internet (ARGS='--list' for others)
-	cargo build --locked --release -p keystone-mesh -p keystone-lab
+	cargo build --locked --release -p keystone-mesh -p keystone-scenarios
 	$(TARGET)/release/keystone-lab $(ARGS)
 
 ##### Tests
@@ -52,6 +52,14 @@ test-peers: ## Install wireguard-go and boringtun-cli, which the interoperabilit
 test-peers-path: ## Print the directory of `wireguard` (wireguard-go) and `boringtun-cli`
 	@tests/peers/install --path
 
+.PHONY: test-assets
+test-assets: ## Build the Kubernetes and etcd that the tests run (some minutes, once per version)
+	tests/assets/install
+
+.PHONY: test-assets-path
+test-assets-path: ## Print the directory of kube-apiserver, etcd, kubelet, kubectl, ...
+	@tests/assets/install --path
+
 # cargo-fuzz instruments with a nightly compiler, which rustup brings where it is missing (tests/fuzz/rust-toolchain.toml).
 .PHONY: fuzz
 fuzz: $(CARGO_FUZZ) ## Fuzz each decoder of outside bytes for FUZZ_SECONDS (600); FUZZ_TARGETS='a b' for some
@@ -65,7 +73,7 @@ bench: ## Micro-benchmarks (criterion); ARGS='seal' for some
 
 .PHONY: bench-peers
 bench-peers: deps test-peers ## Throughput and CPU against raw veth, wireguard-go and boringtun-cli, interleaved
-	cargo build --locked --release -p keystone-mesh -p keystone-lab
+	cargo build --locked --release -p keystone-mesh -p keystone-scenarios
 	PATH=$$(tests/peers/install --path):$$PATH $(TARGET)/release/keystone-lab bench-peers $(ARGS)
 
 ##### Checks

@@ -189,6 +189,13 @@ impl ApiServer {
         Ok(Access::by_token(local_url(), self.authority(), token))
     }
 
+    /// Makes the certificate of a server called `name` at `address`: `FILE.crt` and `FILE.key` in `folder`, with the
+    /// authority's `ca.crt`.
+    pub fn write_server_certificate(&self, folder: &Path, file: &str, name: &str, address: IpAddr) -> Result<()> {
+        self.authority.server(name, &[address])?.write(folder, file)?;
+        fs::write(folder.join("ca.crt"), self.authority()).with_context(|| format!("write into {}", folder.display()))
+    }
+
     /// The authority's certificate in PEM.
     pub fn authority(&self) -> &str {
         &self.authority.certificate().chain

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
+use keystone_lab::preflight::{self, Tool};
+use nix::unistd::geteuid;
 
 /// Builds the programs, and says where they are.
 const INSTALL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/install");
@@ -16,6 +18,17 @@ const CONTROL_PLANE: &[&str] = &["etcd", "kube-apiserver", "kubectl"];
 /// What nodes and the control plane's controllers need besides.
 const CLUSTER: &[&str] =
     &["etcd", "kube-apiserver", "kubectl", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy"];
+
+/// What the programs of a node call.
+pub const NODE_TOOLS: &[Tool] = &[
+    Tool::new("busybox", "busybox"),
+    Tool::new("containerd", "containerd"),
+    Tool::new("ctr", "containerd"),
+    Tool::new("ip", "iproute2"),
+    Tool::new("iptables", "iptables"),
+    Tool::new("nft", "nftables"),
+    Tool::new("runc", "runc"),
+];
 
 /// A folder with programs of Kubernetes.
 #[derive(Clone, Debug)]
@@ -61,7 +74,17 @@ fn has(folder: &Path, programs: &[&str]) -> bool {
 /// Whether a test can run an API server here. If not it says SKIPPED and why; in CI (`CI` is set) nothing is skipped, and
 /// the test fails.
 pub fn can_test() -> bool {
-    let Err(err) = Assets::find() else { return true };
+    report(Assets::find().map(drop))
+}
+
+/// As [`can_test`], for a test with nodes, which needs root, containerd and runc besides.
+pub fn can_test_cluster() -> bool {
+    let root = geteuid().is_root().then_some(()).context("containers need root");
+    preflight::can_test_with(NODE_TOOLS) && report(root.and_then(|()| Assets::find_for_cluster().map(drop)))
+}
+
+fn report(found: Result<()>) -> bool {
+    let Err(err) = found else { return true };
     assert!(env::var_os("CI").is_none(), "there is no Kubernetes, and in CI nothing is skipped: {err:#}");
     // A test has no better place to say so than its output.
     let _nobody_reads = io::stderr().write_all(format!("SKIPPED: {err:#}\n").as_bytes());

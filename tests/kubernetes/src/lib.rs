@@ -29,14 +29,20 @@
 mod access;
 mod api_server;
 mod assets;
+mod cgroup;
 mod etcd;
+mod image;
 mod metrics;
+mod node;
 mod pki;
 
 pub use access::Access;
 pub use api_server::{ApiServer, Options, PORT};
-pub use assets::{Assets, can_test};
-pub use metrics::Metrics;
+pub use assets::{Assets, NODE_TOOLS, can_test, can_test_cluster};
+pub use cgroup::sweep;
+pub use image::{BUSYBOX, Image};
+pub use metrics::{Metrics, Sample};
+pub use node::{ClusterNode, NodeOptions};
 
 use keystone_lab::sandbox;
 
@@ -47,5 +53,25 @@ use keystone_lab::sandbox;
 pub fn with_api_server(name: &str, options: Options, test: impl FnOnce(&mut ApiServer) -> anyhow::Result<()>) {
     if sandbox::is_inside() || can_test() {
         sandbox::in_own_world(name, || test(&mut ApiServer::start(options)?));
+    }
+}
+
+/// Runs `test`, which makes its own [`World`](keystone_lab::World), [`ApiServer`] and [`ClusterNode`]s, in a sandbox of its
+/// own, and panics if it fails. Where containers cannot be run the test is skipped, and says so; in CI it fails.
+pub fn in_own_cluster(name: &str, test: impl FnOnce() -> anyhow::Result<()>) {
+    /// Also after a failed test.
+    struct Sweeper;
+
+    impl Drop for Sweeper {
+        fn drop(&mut self) {
+            sweep();
+        }
+    }
+
+    if sandbox::is_inside() {
+        sandbox::in_own_world(name, test);
+    } else if can_test_cluster() {
+        let _sweeper = Sweeper;
+        sandbox::in_own_world(name, test);
     }
 }

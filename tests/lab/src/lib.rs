@@ -28,8 +28,8 @@
 //! # }
 //! ```
 //!
-//! What drives the product on such a world is in [`mesh`], how time is measured in [`ping`], and the stories that
-//! `keystone-lab` tells in [`scenario`]. Plain WireGuard peers, ours and others', are in [`wireguard`].
+//! What drives the product on such a world is in [`mesh`], and how time is measured in [`ping`]. Plain WireGuard peers,
+//! ours and others', are in [`wireguard`]. The stories that the program `keystone-lab` tells are in tests/scenarios.
 
 mod conntrack;
 mod host;
@@ -45,8 +45,6 @@ pub mod probe;
 mod process;
 mod router;
 pub mod sandbox;
-pub mod scenario;
-pub mod story;
 pub mod tool;
 pub mod wait;
 pub mod wireguard;

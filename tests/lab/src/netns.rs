@@ -2,11 +2,14 @@
 //! works), entered by a thread that calls `setns`. A namespace belongs to a thread, so none of this needs `fork`.
 
 use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::{panic, thread};
 
 use anyhow::{Context, Result, bail};
+use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 
@@ -14,6 +17,9 @@ use crate::tool;
 
 /// Where iproute2 looks for named network namespaces (ip-netns(8)).
 pub(crate) const RUN_NETNS: &str = "/run/netns";
+
+/// Where control groups are mounted (cgroups(7)).
+const CGROUPS: &str = "/sys/fs/cgroup";
 
 /// Settings of every namespace, before its first link. Relative to /proc/sys/net; one that the kernel lacks is skipped.
 const SYSCTLS: &[(&str, &str)] = &[
@@ -71,8 +77,7 @@ impl Namespace {
         let name = command.get_program().to_string_lossy().into_owned();
         let started = self.enter(|| {
             unshare(CloneFlags::CLONE_NEWNS).context("unshare the mount namespace")?;
-            // /sys shows the namespace of its mount. Where a container forbids a fresh one the old one must do.
-            let _masked = mount(Some("sysfs"), "/sys", Some("sysfs"), MsFlags::empty(), None::<&str>);
+            mount_own_sys();
             command.spawn().with_context(|| format!("start {name}"))
         });
         started.with_context(|| format!("on {}", self.name))
@@ -124,6 +129,18 @@ fn make(path: &PathBuf) -> Result<File> {
         let _kernel_without_it = fs::write(format!("/proc/sys/net/{key}"), value);
     }
     Ok(File::open(path)?)
+}
+
+/// /sys shows the devices of the namespace in which it was mounted. The control groups stay what they are. Where a
+/// container forbids a fresh one the old one must do.
+fn mount_own_sys() {
+    let groups = File::options().read(true).custom_flags(OFlag::O_PATH.bits()).open(CGROUPS);
+    let mounted = mount(Some("sysfs"), "/sys", Some("sysfs"), MsFlags::empty(), None::<&str>);
+    if let (Ok(groups), Ok(())) = (groups, mounted) {
+        let source = format!("/proc/thread-self/fd/{}", groups.as_raw_fd());
+        let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
+        let _none_here = mount(Some(source.as_str()), CGROUPS, None::<&str>, flags, None::<&str>);
+    }
 }
 
 fn join<R>(thread: thread::ScopedJoinHandle<'_, R>) -> R {

@@ -21,8 +21,15 @@ pub struct Tool {
     package: &'static str,
 }
 
+impl Tool {
+    /// `program` is in Debian's `package`.
+    pub const fn new(program: &'static str, package: &'static str) -> Self {
+        Self { program, package }
+    }
+}
+
 const fn tool(program: &'static str, package: &'static str) -> Tool {
-    Tool { program, package }
+    Tool::new(program, package)
 }
 
 /// What a [`World`](crate::World) needs.
@@ -66,7 +73,12 @@ pub fn ensure(tools: &[Tool]) -> Result<()> {
 /// Whether a test can make a [`World`](crate::World) here. If not it says SKIPPED and why; in CI (`CI` is set) nothing is
 /// skipped, and the test fails.
 pub fn can_test() -> bool {
-    let Err(err) = ensure(NETWORK_TOOLS) else { return true };
+    can_test_with(NETWORK_TOOLS)
+}
+
+/// As [`can_test`], for a test that calls `tools`.
+pub fn can_test_with(tools: &[Tool]) -> bool {
+    let Err(err) = ensure(tools) else { return true };
     assert!(std::env::var_os("CI").is_none(), "the lab cannot run, and in CI nothing is skipped: {err:#}");
     // A test has no better place to say so than its output.
     let _nobody_reads = io::Write::write_all(&mut io::stderr(), format!("SKIPPED: {err:#}\n").as_bytes());

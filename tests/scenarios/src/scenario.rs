@@ -5,6 +5,7 @@ mod curtain;
 mod home_and_cloud;
 mod join;
 mod joins;
+mod kubernetes;
 mod nats;
 mod outage;
 mod stage;
@@ -14,12 +15,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use clap::ValueEnum;
+use keystone_kubelab::{Assets, NODE_TOOLS};
 use serde_json::{Value, json};
 
-use crate::mesh::Program;
-use crate::sandbox::Place;
 use crate::story::Story;
-use crate::{Wire, preflight};
+use keystone_lab::mesh::Program;
+use keystone_lab::sandbox::Place;
+use keystone_lab::{Wire, preflight};
 use stage::Stage;
 
 /// Distance of the pings that show that a tunnel is there, and how long it may take.
@@ -28,13 +30,15 @@ const BENCH_PATIENCE: Duration = Duration::from_secs(20);
 
 /// Which story.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Scenario {
+pub(crate) enum Scenario {
     /// A control plane at home and three workers in clouds become one network; a link fails and heals
     HomeAndCloud,
     /// Many machines join, one after the other, each as if it had never been here; how long each takes
     Joins,
     /// Control plane and relay are gone for long; what was direct goes on, and a worker restarts meanwhile
     Outage,
+    /// A Kubernetes cluster with its control plane at home and workers behind NATs; needs root and `make test-assets`
+    Kubernetes,
     /// Throughput, CPU and memory of plain WireGuard peers side by side: ours, wireguard-go and boringtun-cli
     BenchPeers,
     /// The lab itself: each kind of NAT, and how a probe finds it; needs no keystone-mesh
@@ -44,43 +48,51 @@ pub enum Scenario {
 impl Scenario {
     const fn needs_mesh(self) -> bool {
         match self {
-            Self::HomeAndCloud | Self::Joins | Self::Outage | Self::BenchPeers => true,
+            Self::HomeAndCloud | Self::Joins | Self::Outage | Self::Kubernetes | Self::BenchPeers => true,
             Self::Nats => false,
         }
     }
 
-    /// The programs of the system that it calls.
-    pub fn tools(self) -> Vec<preflight::Tool> {
-        let peers: &[_] = if self == Self::BenchPeers { preflight::PEER_TOOLS } else { &[] };
-        [preflight::NETWORK_TOOLS, preflight::SCENARIO_TOOLS, peers].concat()
+    /// Says, before anything is touched, what is missing on this machine; installs what Debian has.
+    pub(crate) fn prepare(self) -> Result<()> {
+        let further = match self {
+            Self::BenchPeers => preflight::PEER_TOOLS,
+            Self::Kubernetes => NODE_TOOLS,
+            Self::HomeAndCloud | Self::Joins | Self::Outage | Self::Nats => &[],
+        };
+        preflight::ensure(&[preflight::NETWORK_TOOLS, preflight::SCENARIO_TOOLS, further].concat())?;
+        if self == Self::Kubernetes {
+            Assets::find_for_cluster()?;
+        }
+        Ok(())
     }
 }
 
 /// How to play it.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub(crate) struct Options {
     /// Print one JSON document at the end and nothing else.
-    pub json: bool,
+    pub(crate) json: bool,
     /// Stay up when the story is over.
-    pub keep: bool,
+    pub(crate) keep: bool,
     /// Cables carry frames of at most the MTU.
-    pub ethernet: bool,
+    pub(crate) ethernet: bool,
     /// The program under test; None for the one beside this program.
-    pub mesh_bin: Option<PathBuf>,
+    pub(crate) mesh_bin: Option<PathBuf>,
     /// How many machines join in each half of [`Scenario::Joins`].
-    pub joins: u32,
+    pub(crate) joins: u32,
     /// How long [`Scenario::Outage`] lasts.
-    pub outage: Duration,
+    pub(crate) outage: Duration,
     /// Rounds of [`Scenario::BenchPeers`].
-    pub rounds: u32,
+    pub(crate) rounds: u32,
     /// Seconds for each direction in [`Scenario::BenchPeers`].
-    pub seconds: u32,
+    pub(crate) seconds: u32,
     /// Only the second half of [`Scenario::BenchPeers`].
-    pub idle: bool,
+    pub(crate) idle: bool,
 }
 
 /// Plays `scenario` inside the sandbox. False if something that it shows is not so, which has then been said.
-pub fn play(scenario: Scenario, options: &Options, place: Place) -> Result<bool> {
+pub(crate) fn play(scenario: Scenario, options: &Options, place: Place) -> Result<bool> {
     preflight::check_nftables()?;
     let program = if scenario.needs_mesh() {
         preflight::check_tun()?;
@@ -95,6 +107,7 @@ pub fn play(scenario: Scenario, options: &Options, place: Place) -> Result<bool>
         Scenario::HomeAndCloud => home_and_cloud::play(&mut stage, &mut story),
         Scenario::Joins => joins::play(&mut stage, &mut story, options.joins),
         Scenario::Outage => outage::play(&mut stage, &mut story, options.outage),
+        Scenario::Kubernetes => kubernetes::play(&mut stage, &mut story),
         Scenario::BenchPeers => bench_peers::play(&mut stage, &mut story, options),
         Scenario::Nats => nats::play(&mut stage, &mut story),
     };

@@ -10,11 +10,11 @@ use keystone_mesh_core::PrivateKey;
 use serde_json::{Value, json};
 
 use super::{INSIDE, PORT, both, cpu_seconds_of, goal, key, resident_mib};
-use crate::ping::Pinger;
 use crate::scenario::stage::Stage;
 use crate::scenario::{BENCH_PATIENCE, PING_EVERY};
 use crate::story::Story;
-use crate::wireguard::{End, Maker, Peer, Settings};
+use keystone_lab::ping::Pinger;
+use keystone_lab::wireguard::{End, Maker, Peer, Settings};
 
 /// How long nothing is done.
 const IDLE: Duration = Duration::from_secs(30);

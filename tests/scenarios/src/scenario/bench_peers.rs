@@ -23,10 +23,10 @@ use serde_json::{Value, json};
 
 use super::Options;
 use super::stage::Stage;
-use crate::ping::Pinger;
 use crate::story::Story;
-use crate::wireguard::{End, Maker, Peer, Settings};
-use crate::{Host, iperf};
+use keystone_lab::ping::Pinger;
+use keystone_lab::wireguard::{End, Maker, Peer, Settings};
+use keystone_lab::{Host, iperf};
 
 const MAKERS: [Maker; 3] = [Maker::Keystone, Maker::WireguardGo, Maker::Boringtun];
 

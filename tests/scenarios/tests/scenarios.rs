@@ -44,3 +44,10 @@ fn machines_join_one_after_another() {
 fn an_outage_of_home_and_relay_leaves_what_is_established() {
     play(&["outage", "--minutes", "0.5"]);
 }
+
+#[test]
+fn a_cluster_spans_a_home_and_clouds() {
+    if keystone_kubelab::can_test_cluster() {
+        play(&["kubernetes"]);
+    }
+}

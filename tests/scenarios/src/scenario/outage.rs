@@ -9,11 +9,11 @@ use serde_json::{Value, json};
 
 use super::join::{Join, in_millis};
 use super::stage::{ControlPlane, Stage};
-use crate::mesh::{Node, Route};
-use crate::ping::Pinger;
 use crate::story::{Story, millis};
-use crate::wait;
-use crate::{Nat, RouterSpec};
+use keystone_lab::mesh::{Node, Route};
+use keystone_lab::ping::Pinger;
+use keystone_lab::wait;
+use keystone_lab::{Nat, RouterSpec};
 
 /// Pings over the whole outage, and how long a silence between live direct peers counts as a break.
 const PING_EVERY: Duration = Duration::from_millis(100);

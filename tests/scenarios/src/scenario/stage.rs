@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use crate::mesh::{Node, Program};
 use crate::story::{Story, millis};
-use crate::{Host, Router, RouterSpec, Wire, World};
+use keystone_lab::mesh::{Node, Program};
+use keystone_lab::{Host, Router, RouterSpec, Wire, World};
 
 /// How long a daemon may take until it is ready.
 const START_PATIENCE: Duration = Duration::from_secs(10);

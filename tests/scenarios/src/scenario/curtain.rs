@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::stage::Stage;
-use crate::sandbox::{Place, SCRATCH};
+use keystone_lab::sandbox::{Place, SCRATCH};
 
 /// Lines of each daemon's log that a failure shows.
 const LOG_LINES: usize = 25;

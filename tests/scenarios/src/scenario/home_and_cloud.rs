@@ -10,10 +10,10 @@ use serde_json::{Value, json};
 
 use super::join::{Join, in_millis};
 use super::stage::{ControlPlane, Stage};
-use crate::mesh::{Node, Peer, Route};
-use crate::ping::Pinger;
 use crate::story::{Story, millis};
-use crate::{Nat, RouterSpec, iperf, wait};
+use keystone_lab::mesh::{Node, Peer, Route};
+use keystone_lab::ping::Pinger;
+use keystone_lab::{Nat, RouterSpec, iperf, wait};
 
 /// What is between the two ends of every pair, and whether UDP can go straight through it. Symmetric against
 /// port-restricted stays on the relay: neither end can guess the port that the other's packets must come from.

@@ -1,6 +1,9 @@
 //! `keystone-lab`: plays a scenario on a small internet out of network namespaces, tells it as it happens, and leaves
 //! nothing behind.
 
+mod scenario;
+mod story;
+
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -9,9 +12,8 @@ use std::{env, io};
 
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
-use keystone_lab::preflight;
 use keystone_lab::sandbox::{self, Sandbox};
-use keystone_lab::scenario::{self, Options, Scenario};
+use scenario::{Options, Scenario};
 
 /// Plays a scenario with real daemons on a network of hosts, home routers, cloud NATs and a public internet.
 ///
@@ -90,9 +92,13 @@ fn run(cli: Cli) -> Result<ExitCode> {
 
 /// Runs this program again, with the same arguments, where nothing can be left behind.
 fn enter_sandbox(scenario: Scenario) -> Result<ExitCode> {
-    preflight::ensure(&scenario.tools())?;
+    scenario.prepare()?;
     let arguments: Vec<OsString> = env::args_os().skip(1).collect();
-    let status = Sandbox::enter(arguments)?.wait_or_interrupt()?;
+    let status = Sandbox::enter(arguments)?.wait_or_interrupt();
+    if scenario == Scenario::Kubernetes {
+        keystone_kubelab::sweep();
+    }
+    let status = status?;
     Ok(ExitCode::from(u8::try_from(sandbox::exit_code(status)).unwrap_or(1)))
 }
 

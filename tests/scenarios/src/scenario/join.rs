@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use crate::mesh::{Node, Route};
-use crate::ping::Pinger;
 use crate::story::millis;
-use crate::wait;
+use keystone_lab::mesh::{Node, Route};
+use keystone_lab::ping::Pinger;
+use keystone_lab::wait;
 
 /// How long a first reply is waited for before the join counts as failed.
 const REPLY_PATIENCE: Duration = Duration::from_secs(15);

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::stage::Stage;
 use crate::story::Story;
-use crate::{Nat, RouterSpec, Upstream, probe};
+use keystone_lab::{Nat, RouterSpec, Upstream, probe};
 
 pub(super) fn play(stage: &mut Stage, story: &mut Story) -> Result<Value> {
     story.chapter("Kinds of NAT, as named and as measured (RFC 4787: mapping, filtering)");

@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 use serde::Serialize;
 
 /// What is told to the person who watches, or kept silent under `--json`.
-pub struct Story {
+pub(crate) struct Story {
     start: Instant,
     audible: bool,
     colours: bool,
@@ -16,13 +16,13 @@ pub struct Story {
 
 /// One thing that a scenario claims.
 #[derive(Clone, Debug, Serialize)]
-pub struct Check {
+pub(crate) struct Check {
     /// What must be so.
-    pub claim: String,
+    pub(crate) claim: String,
     /// Whether it is.
-    pub holds: bool,
+    pub(crate) holds: bool,
     /// What was found.
-    pub found: String,
+    pub(crate) found: String,
 }
 
 #[derive(Clone, Copy)]
@@ -35,46 +35,46 @@ enum Colour {
 
 impl Story {
     /// Begins now. Not `audible`: nothing is printed, only checks are kept.
-    pub fn begin(audible: bool) -> Self {
+    pub(crate) fn begin(audible: bool) -> Self {
         let colours = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
         Self { start: Instant::now(), audible, colours, checks: Vec::new() }
     }
 
     /// A chapter.
-    pub fn chapter(&self, title: &str) {
+    pub(crate) fn chapter(&self, title: &str) {
         self.print(&format!("\n{}\n", self.paint(Colour::Bold, title)));
     }
 
     /// Something that happened, with the time since the beginning.
-    pub fn step(&self, text: &str) {
+    pub(crate) fn step(&self, text: &str) {
         let at = self.paint(Colour::Dim, &format!("{:6.2} s", self.start.elapsed().as_secs_f64()));
         self.print(&format!("  {at}  {text}\n"));
     }
 
     /// Text as it stands.
-    pub fn text(&self, text: &str) {
+    pub(crate) fn text(&self, text: &str) {
         self.print(text);
     }
 
     /// Notes whether `claim` holds, and says so.
-    pub fn check(&mut self, holds: bool, claim: &str, found: &str) {
+    pub(crate) fn check(&mut self, holds: bool, claim: &str, found: &str) {
         let mark = if holds { self.paint(Colour::Green, "yes") } else { self.paint(Colour::Red, "NO ") };
         self.print(&format!("            {mark} {claim}: {found}\n"));
         self.checks.push(Check { claim: claim.to_owned(), holds, found: found.to_owned() });
     }
 
     /// A table; the first row is its head.
-    pub fn table(&self, rows: &[Vec<String>]) {
+    pub(crate) fn table(&self, rows: &[Vec<String>]) {
         self.print(&table(rows, |head| self.paint(Colour::Bold, head)));
     }
 
     /// Everything that was checked.
-    pub fn checks(&self) -> &[Check] {
+    pub(crate) fn checks(&self) -> &[Check] {
         &self.checks
     }
 
     /// Fails with the list of claims that do not hold.
-    pub fn verdict(&self) -> Result<()> {
+    pub(crate) fn verdict(&self) -> Result<()> {
         let broken: Vec<String> = self.checks.iter().filter(|check| !check.holds).map(Check::to_string).collect();
         if !broken.is_empty() {
             bail!("{} of {} claims do not hold:\n  {}", broken.len(), self.checks.len(), broken.join("\n  "));
@@ -106,7 +106,7 @@ impl std::fmt::Display for Check {
 }
 
 /// Milliseconds as a person reads them.
-pub fn millis(time: Duration) -> String {
+pub(crate) fn millis(time: Duration) -> String {
     let millis = time.as_secs_f64() * 1e3;
     match millis {
         ..10.0 => format!("{millis:.2} ms"),

@@ -11,10 +11,10 @@ use serde_json::{Value, json};
 
 use super::join::Join;
 use super::stage::{ControlPlane, Stage};
-use crate::mesh::Route;
 use crate::story::{Story, millis};
-use crate::wait;
-use crate::{Host, Nat, Router, RouterSpec};
+use keystone_lab::mesh::Route;
+use keystone_lab::wait;
+use keystone_lab::{Host, Nat, Router, RouterSpec};
 
 /// Goals, from the start of the daemon, and for a direct path from the first reply.
 const REPLY_P50: Duration = Duration::from_millis(1000);
