@@ -53,7 +53,7 @@ enum Command {
     /// Join a network with a token; `up` then runs the daemon
     Join(JoinArgs),
     /// Run the daemon, in the foreground
-    Up(UpArgs),
+    Up(Box<UpArgs>),
     /// Run a relay alone, as on a small public server: no interface, no privileges
     Relay(RelayArgs),
     /// Show this node, its relays, its registry and its peers
@@ -194,6 +194,9 @@ struct RelayArgs {
     /// Address and port to bind
     #[arg(long, default_value = "[::]:51840", env = "KEYSTONE_MESH_RELAY_LISTEN", value_name = "ADDRESS:PORT")]
     listen: std::net::SocketAddr,
+    /// Serve metrics and health over HTTP: a port for loopback, or ADDRESS:PORT; repeatable [default: nowhere]
+    #[arg(long, env = "KEYSTONE_MESH_STATUS_LISTEN", value_delimiter = ',', value_name = "WHERE")]
+    status_listen: Vec<crate::http::listen::ListenAt>,
     /// Print the relay's key, making it where there is none, and exit
     #[arg(long)]
     print_key: bool,
@@ -258,7 +261,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             Command::Init(args) => member::init(&places, args),
             Command::Token(command) => token::run(&places, command).await,
             Command::Join(args) => member::join(&places, args).await,
-            Command::Up(args) => member::up(&places, args).await,
+            Command::Up(args) => member::up(&places, *args).await,
             Command::Relay(args) => member::relay(&places, &args).await,
             Command::Status(args) => inspect::status(&places, args.json).await,
             Command::Peers(args) => inspect::peers(&places, args.json).await,

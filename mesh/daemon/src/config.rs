@@ -14,6 +14,8 @@ use keystone_mesh_core::relay::address::{HostPort, RelayAddr};
 use keystone_mesh_core::{PeerConfig, PresharedKey, PrivateKey, PublicKey};
 use serde::{Deserialize, Serialize};
 
+use crate::http::listen::{self, ListenAt};
+
 /// Default UDP port. 51820, 51821, 51871 and 8472 belong to WireGuard, flannel, Cilium and VXLAN.
 pub const DEFAULT_PORT: u16 = 51840;
 /// Default interface.
@@ -21,6 +23,8 @@ pub const DEFAULT_INTERFACE: &str = "ksmesh0";
 /// Default MTU inside the mesh: IPv6's minimum (RFC 8200), which with WireGuard, UDP and IP around it passes every
 /// underlay from 1360 bytes up.
 pub const DEFAULT_MTU: u16 = 1280;
+/// Default of `metrics_peers`: 100 nodes that each have 100 peers are some 50,000 series, which a small Prometheus holds.
+pub const DEFAULT_METRICS_PEERS: usize = 100;
 
 /// Where state and control socket are; every command takes these.
 #[derive(Args, Clone, Debug)]
@@ -89,6 +93,14 @@ pub struct Options {
     /// What a stop leaves: `keep` leaves the interface, so that a restart drops nothing; `remove` takes it away [default: keep]
     #[arg(long, env = "KEYSTONE_MESH_ON_STOP", value_enum, value_name = "WHAT")]
     pub on_stop: Option<OnStop>,
+    /// Serve metrics, health and status over HTTP: a port for loopback and this node's mesh addresses, or ADDRESS:PORT;
+    /// repeatable [default: nowhere]
+    #[arg(long, env = "KEYSTONE_MESH_STATUS_LISTEN", value_delimiter = ',', value_name = "WHERE")]
+    #[serde(deserialize_with = "listen::one_or_many")]
+    pub status_listen: Vec<ListenAt>,
+    /// Peers up to which each has metrics of its own; with more there are totals alone, with 0 always [default: 100]
+    #[arg(long, env = "KEYSTONE_MESH_METRICS_PEERS", value_name = "N")]
+    pub metrics_peers: Option<usize>,
     /// Own addresses on the interface beside those of the network, for plain WireGuard peers (file only)
     #[arg(skip)]
     pub addresses: Vec<IpNet>,
@@ -165,6 +177,10 @@ pub struct Config {
     pub serve_relay: bool,
     /// What a stop leaves.
     pub on_stop: OnStop,
+    /// Where status is served.
+    pub status_listen: Vec<ListenAt>,
+    /// Peers up to which each has metrics of its own.
+    pub metrics_peers: usize,
     /// Own addresses for plain WireGuard peers.
     pub addresses: Vec<IpNet>,
     /// WireGuard key to use instead of the derived one.
@@ -222,6 +238,8 @@ impl Config {
             gateways: options.gateways,
             serve_relay: options.serve_relay.unwrap_or(false),
             on_stop: options.on_stop.unwrap_or_default(),
+            status_listen: options.status_listen,
+            metrics_peers: options.metrics_peers.unwrap_or(DEFAULT_METRICS_PEERS),
             addresses: options.addresses,
             private_key,
             plain_peers: plain_peers(&options.peer)?,
@@ -245,6 +263,8 @@ fn merge(over: Options, base: Options) -> Options {
         gateways: list(over.gateways, base.gateways),
         serve_relay: over.serve_relay.or(base.serve_relay),
         on_stop: over.on_stop.or(base.on_stop),
+        status_listen: list(over.status_listen, base.status_listen),
+        metrics_peers: over.metrics_peers.or(base.metrics_peers),
         addresses: base.addresses,
         private_key_file: base.private_key_file,
         peer: base.peer,
@@ -318,6 +338,7 @@ mod tests {
             ("routes = ['10.42.0.1/24']", "10.42.0.0/24"),
             ("shards = 0", "1 to 64"),
             ("listen_prot = 1", "listen_prot"),
+            ("status_listen = 'everywhere'", "51842"),
             ("relays = ['relay.example.org:1']", "KEY@HOST:PORT"),
             ("name = 'Upper'", "not a node name"),
             ("[[peer]]\npublic_key = 'AAAA'\nallowed_ips = []", "truncated"),

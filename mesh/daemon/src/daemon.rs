@@ -155,7 +155,7 @@ async fn run_once(places: &Places, config: Config, token: Option<Token>, stop: &
     relay_sink.set(&uplink.relays);
     let keeper = keeper::start(&config.interface)?;
     let (calls_in, calls) = mpsc::channel(CALLS);
-    let serving = tokio::spawn(control::serve(listener, calls_in));
+    let serving = tokio::spawn(control::serve(listener, calls_in.clone()));
 
     let mesh = Mesh::new(own(&start, &config, key.clone())?);
     tracing::info!(
@@ -168,6 +168,7 @@ async fn run_once(places: &Places, config: Config, token: Option<Token>, stop: &
     );
     let local = Local { plane, port, public_key: key.public_key(), started };
     let mut driver = Driver::new(start, config, mesh, local, uplink, keeper);
+    driver.serve_status(calls_in);
     driver.begin();
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     let end = driver.run(stop, events, calls).await;

@@ -170,6 +170,12 @@ pub struct Stats {
     pub tx_packets: u64,
     /// Their bytes.
     pub tx_bytes: u64,
+    /// Initiations sent, repetitions included.
+    pub handshakes_started: u64,
+    /// Sessions established and proven.
+    pub handshakes_completed: u64,
+    /// Handshakes given up without an answer.
+    pub handshakes_failed: u64,
     /// How many packets were dropped, for every reason.
     pub drops: Vec<(DropReason, u64)>,
 }
@@ -310,6 +316,9 @@ impl DataPlane {
             rx_bytes: counters.rx_bytes.load(Ordering::Relaxed),
             tx_packets: counters.tx_packets.load(Ordering::Relaxed),
             tx_bytes: counters.tx_bytes.load(Ordering::Relaxed),
+            handshakes_started: counters.handshakes_started.load(Ordering::Relaxed),
+            handshakes_completed: counters.handshakes_completed.load(Ordering::Relaxed),
+            handshakes_failed: counters.handshakes_failed.load(Ordering::Relaxed),
             drops: counters.drops(),
         }
     }

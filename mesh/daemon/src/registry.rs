@@ -1,12 +1,15 @@
 //! Where records are published and watched: one small interface, several implementations.
 //!
 //! * [`embedded`]: the control-plane host reads and writes its own store.
-//! * [`client`]: every other node has a session with the gateway, which [`server`] serves from that store.
+//! * [`kubernetes`]: annotations of Nodes and Members.
+//! * [`client`]: every other node has a session with the gateway, which [`server`] serves from either ([`backend`]).
 //!
 //! Losing a registry freezes what is known, says so, and tears nothing down.
 
+pub mod backend;
 pub mod client;
 pub mod embedded;
+pub mod kubernetes;
 pub mod server;
 
 use std::future::Future;
@@ -66,4 +69,9 @@ pub trait Registry: Send {
 
     /// Takes this node out of the network. Waits for the answer, a few seconds at most.
     fn leave(&mut self) -> Answer<'_, Result<(), String>>;
+
+    /// What is not as it should be, a sentence each.
+    fn warnings(&self) -> Vec<String> {
+        Vec::new()
+    }
 }

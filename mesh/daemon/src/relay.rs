@@ -7,17 +7,29 @@ use keystone_mesh_core::node::SignedApproval;
 use keystone_mesh_core::relay::{Code, Refusal};
 use keystone_mesh_core::{Identity, NodeId};
 
+use crate::http::listen::{self, ListenAt};
+use crate::http::pages;
 use crate::quic::endpoint::{EndpointLimits, QuicEndpoint};
 use crate::quic::relay_server::{self, RelayServer, RelayServerConfig, Verify};
 use crate::signals::Stop;
 
-/// Runs until it is asked to stop.
-pub async fn run(identity: Identity, network: NodeId, listen: std::net::SocketAddr) -> anyhow::Result<()> {
+/// Runs until it is asked to stop. Status is served at `status`; a port alone means loopback, for there is no mesh here.
+pub async fn run(
+    identity: Identity,
+    network: NodeId,
+    listen: std::net::SocketAddr,
+    status: &[ListenAt],
+) -> anyhow::Result<()> {
     let id = identity.id();
     let endpoint = QuicEndpoint::bind(listen, identity, EndpointLimits::default()).with_context(|| {
         format!("cannot bind UDP {listen}: is another relay or daemon running here? choose another --listen")
     })?;
     let relay = RelayServer::new(id, RelayServerConfig::standalone(network, verifier(network)));
+    let _status = (!status.is_empty()).then(|| {
+        let server = pages::serve_relay(relay.clone());
+        server.set_addresses(listen::addresses(status, &[]));
+        server
+    });
     let port = endpoint.local_addr()?.port();
     tracing::info!(%network, "relay ready: {id}@HOST:{port} (HOST: this server's name or public address)");
     let mut stop = Stop::new()?;

@@ -1,12 +1,15 @@
-//! What the daemon says about itself: the value behind `status`, `peers`, `ping` and `doctor`, and their `--json`.
+//! What the daemon says about itself: the value behind `status`, `peers`, `ping`, `doctor` and their `--json`, and behind
+//! the pages of the status listener, metrics included.
 
 use std::collections::BTreeMap;
 
 use ipnet::IpNet;
-use keystone_mesh_core::node::NodeName;
+use keystone_mesh_core::node::{Location, NodeName};
 use keystone_mesh_core::path::Nat;
 use keystone_mesh_core::{NodeId, PublicKey};
 use serde::{Deserialize, Serialize};
+
+use crate::quic::relay_server::RelaySnapshot;
 
 /// The whole state of one daemon.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -19,8 +22,17 @@ pub struct Status {
     pub registry: Registry,
     /// Every peer, by name.
     pub peers: Vec<Peer>,
+    /// The network's plain WireGuard peers, whichever node serves them.
+    #[serde(default)]
+    pub plain_peers: Vec<PlainPeer>,
+    /// Nodes that are left out, wholly or in part, because of what their records or approvals say.
+    pub faults: Vec<NodeFault>,
     /// The data plane's totals.
     pub data_plane: DataPlane,
+    /// What the control side did.
+    pub counts: Counts,
+    /// The relay inside this node, where it serves as one.
+    pub relay_server: Option<RelaySnapshot>,
     /// What is not as it should be, a sentence each.
     pub warnings: Vec<String>,
 }
@@ -40,6 +52,12 @@ pub struct Node {
     pub addresses: Vec<IpNet>,
     /// Whether it is the control plane's host.
     pub control_plane: bool,
+    /// Whether the network has let it in.
+    pub approval: Approval,
+    /// Why it is not let in, and what to do; none where it is.
+    pub approval_reason: Option<String>,
+    /// Where it stands, as people named it.
+    pub location: Option<Location>,
     /// The TUN interface.
     pub interface: String,
     /// The interface's MTU in bytes.
@@ -56,6 +74,62 @@ pub struct Node {
     pub pid: u32,
     /// Seconds since the daemon started.
     pub uptime_s: f64,
+}
+
+/// What the network says of a node.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Approval {
+    /// It is in.
+    Approved,
+    /// It waits.
+    Pending,
+    /// It was in, and was put out.
+    Revoked,
+    /// There is nobody to ask: a daemon with plain peers alone.
+    None,
+}
+
+impl Approval {
+    /// Every state, in order of declaration.
+    pub const ALL: [Self; 4] = [Self::Approved, Self::Pending, Self::Revoked, Self::None];
+
+    /// The word in tables, JSON and metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Approved => "approved",
+            Self::Pending => "pending",
+            Self::Revoked => "revoked",
+            Self::None => "none",
+        }
+    }
+}
+
+/// A node that is left out.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct NodeFault {
+    /// The node, or the Kubernetes object.
+    pub node: String,
+    /// A stable word for machines.
+    pub code: String,
+    /// A sentence for people.
+    pub says: String,
+}
+
+impl NodeFault {
+    /// Every code there is.
+    pub const CODES: [&str; 10] = [
+        "not_approved",
+        "shared_key",
+        "overlap",
+        "not_routed",
+        "record",
+        "approval",
+        "foreign_approval",
+        "other_identity",
+        "peer",
+        "name",
+    ];
 }
 
 /// One relay connection.
@@ -78,12 +152,16 @@ pub struct Relay {
 /// The registry.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Registry {
-    /// `embedded`, `gateway` or `none`.
+    /// `kubernetes`, `gateway`, `embedded` or `none`.
     pub kind: String,
-    /// `current`, `stale` or `none`.
+    /// `connecting`, `current`, `stale` or `none`.
     pub state: String,
     /// Why it is stale.
     pub reason: Option<String>,
+    /// Seconds for which it has been in this state.
+    pub since_s: f64,
+    /// What the mesh is made from: `registry` once that was heard, `snapshot` of an earlier run, or `none`.
+    pub known_from: String,
 }
 
 /// One peer.
@@ -99,6 +177,11 @@ pub struct Peer {
     pub addresses: Vec<IpNet>,
     /// Networks behind it.
     pub routes: Vec<IpNet>,
+    /// Where it stands, as people named it.
+    pub location: Option<Location>,
+    /// The node that serves it; none for a node of the mesh, or a plain peer of this node's configuration.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub served_by: Option<NodeName>,
     /// `direct`, `relayed`, `none` or `idle`.
     pub path: String,
     /// The address or relay in use.
@@ -117,13 +200,118 @@ pub struct Peer {
     pub tried: Vec<String>,
 }
 
+/// A plain WireGuard peer of the network.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct PlainPeer {
+    /// Its name.
+    pub name: NodeName,
+    /// The node that serves it.
+    pub served_by: NodeName,
+    /// Its WireGuard key.
+    pub public_key: PublicKey,
+    /// Its mesh addresses.
+    pub addresses: Vec<IpNet>,
+    /// Networks behind it.
+    pub routes: Vec<IpNet>,
+}
+
+impl Peer {
+    /// Every word for a path.
+    pub const PATHS: [&str; 4] = ["direct", "relayed", "none", "idle"];
+}
+
 /// The data plane's totals.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct DataPlane {
+    /// Whether addresses and routes are on the interface.
+    pub up: bool,
     /// Peers with a session.
     pub live_sessions: usize,
+    /// Data messages opened.
+    pub rx_datagrams: u64,
+    /// Their bytes.
+    pub rx_bytes: u64,
+    /// WireGuard messages and probes that the kernel or a relay took.
+    pub tx_datagrams: u64,
+    /// Their bytes.
+    pub tx_bytes: u64,
+    /// Handshakes.
+    pub handshakes: Handshakes,
     /// Packets dropped, by reason; reasons that did not occur are left out.
     pub drops: BTreeMap<String, u64>,
     /// CPU seconds that the workers have used.
     pub cpu_s: f64,
 }
+
+/// WireGuard handshakes since the daemon started.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+pub struct Handshakes {
+    /// Initiations sent, repetitions included.
+    pub started: u64,
+    /// Sessions that were established and proven, whoever began.
+    pub completed: u64,
+    /// Attempts given up after 90 s without an answer.
+    pub failed: u64,
+}
+
+/// What the control side did since the daemon started.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+pub struct Counts {
+    /// Changes of a peer's path.
+    pub path_changes: u64,
+    /// Probes sent.
+    pub probes_sent: u64,
+    /// Authentic probes received.
+    pub probes_received: u64,
+    /// Changes to this node's own record that were handed to the registry.
+    pub registry_writes: u64,
+    /// Times that the registry was lost.
+    pub registry_errors: u64,
+    /// Addresses, routes and rules put right after somebody else changed them.
+    pub kernel_repairs: u64,
+    /// Addresses, routes and rules that the kernel refused.
+    pub kernel_errors: u64,
+}
+
+/// What `/v1/peers` says.
+#[derive(Clone, Debug, Serialize)]
+pub struct PeersPage<'a> {
+    /// The node that says it.
+    pub node: Option<&'a NodeName>,
+    /// Its peers.
+    pub peers: &'a [Peer],
+}
+
+impl Status {
+    /// Why this node does not carry traffic of the mesh yet; none where it does.
+    pub fn not_ready(&self) -> Option<String> {
+        let reason = |registry: &Registry| registry.reason.as_ref().map_or(String::new(), |why| format!(" ({why})"));
+        if self.node.name.is_some() && self.registry.known_from == "none" {
+            let registry = &self.registry;
+            return Some(format!(
+                "the {} registry has not been heard{}, and there is no snapshot of an earlier run",
+                registry.kind,
+                reason(registry)
+            ));
+        }
+        match self.node.approval {
+            Approval::Approved | Approval::None => {}
+            Approval::Pending | Approval::Revoked => {
+                let why = self.node.approval_reason.as_deref().unwrap_or("the network has not approved it");
+                return Some(format!("this node is {}: {why}", self.node.approval.label()));
+            }
+        }
+        (!self.data_plane.up).then(|| {
+            let why = self.warnings.first().map_or(String::new(), |warning| format!(": {warning}"));
+            format!("addresses and routes are not on {} yet{why}", self.node.interface)
+        })
+    }
+
+    /// The page of peers.
+    pub fn peers_page(&self) -> PeersPage<'_> {
+        PeersPage { node: self.node.name.as_ref(), peers: &self.peers }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,9 +1,13 @@
 //! `status` and `peers`.
 
+use std::collections::BTreeSet;
+
+use ipnet::IpNet;
+
 use super::output::{ago, bytes, print, print_json, table};
 use crate::config::Places;
 use crate::control::{self, Answer, Request, not_the_question};
-use crate::status::{Peer, Status};
+use crate::status::{NodeFault, Peer, PlainPeer, Registry, Status};
 
 /// Asks the daemon for its status.
 pub(super) async fn fetch(places: &Places) -> anyhow::Result<Status> {
@@ -13,7 +17,7 @@ pub(super) async fn fetch(places: &Places) -> anyhow::Result<Status> {
 
 pub(super) async fn status(places: &Places, json: bool) -> anyhow::Result<()> {
     let status = fetch(places).await?;
-    if json { print_json(&status) } else { print(&(head(&status) + &peer_table(&status.peers))) }
+    if json { print_json(&status) } else { print(&describe(&status)) }
 }
 
 pub(super) async fn peers(places: &Places, json: bool) -> anyhow::Result<()> {
@@ -31,6 +35,10 @@ pub(super) async fn peers(places: &Places, json: bool) -> anyhow::Result<()> {
     print(&text)
 }
 
+fn describe(status: &Status) -> String {
+    head(status) + &peer_table(&status.peers) + &plain_table(&status.plain_peers)
+}
+
 fn head(status: &Status) -> String {
     let node = &status.node;
     let name = node.name.as_ref().map_or("(plain WireGuard)", |name| name.as_str());
@@ -41,6 +49,13 @@ fn head(status: &Status) -> String {
     fact("interface", format!("{} (MTU {}), UDP port {}", node.interface, node.mtu, node.listen_port));
     if let Some(network) = node.network {
         fact("network", network.to_string());
+    }
+    if node.name.is_some() {
+        let why = node.approval_reason.as_ref().map_or(String::new(), |why| format!(": {why}"));
+        fact("approval", format!("{}{why}", node.approval.label()));
+        if let Some(location) = &node.location {
+            fact("location", location.to_string());
+        }
         fact(
             "nat",
             format!(
@@ -49,13 +64,15 @@ fn head(status: &Status) -> String {
                 if node.endpoints.is_empty() { String::new() } else { format!("; {}", node.endpoints.join(", ")) }
             ),
         );
-        let reason = status.registry.reason.as_ref().map_or(String::new(), |why| format!(": {why}"));
-        fact("registry", format!("{}, {}{reason}", status.registry.kind, status.registry.state));
+        fact("registry", registry(&status.registry));
     }
     for relay in &status.relays {
         let rtt = relay.rtt_ms.map_or(String::new(), |rtt| format!(", {rtt:.1} ms"));
         let why = relay.reason.as_ref().map_or(String::new(), |why| format!(": {why}"));
         fact("relay", format!("{} {}{rtt}{why}", relay.address, relay.state));
+    }
+    if let Some(faults) = faults(&status.faults) {
+        fact("faults", faults);
     }
     for warning in &status.warnings {
         fact("warning", warning.clone());
@@ -69,12 +86,50 @@ fn head(status: &Status) -> String {
     text
 }
 
+/// The registry in a line, with how long it has been lost and what stands in for it.
+pub(super) fn registry(registry: &Registry) -> String {
+    let Registry { kind, state, since_s, .. } = registry;
+    let mut text = match state.as_str() {
+        "stale" => format!("{kind}, stale for {}", ago(*since_s)),
+        _ => format!("{kind}, {state}"),
+    };
+    if let Some(why) = &registry.reason {
+        text.push_str(&format!(": {why}"));
+    }
+    if registry.known_from == "snapshot" {
+        text.push_str(" (the snapshot of an earlier run is in force)");
+    }
+    text
+}
+
+/// How many nodes are left out, and the first of them.
+fn faults(faults: &[NodeFault]) -> Option<String> {
+    let first = faults.first()?;
+    let nodes: BTreeSet<&str> = faults.iter().map(|fault| fault.node.as_str()).collect();
+    let more = if nodes.len() > 1 { "; `keystone-mesh doctor` has them all" } else { "" };
+    Some(format!("{} node{}: {}{more}", nodes.len(), if nodes.len() == 1 { "" } else { "s" }, first.says))
+}
+
 fn peer_table(peers: &[Peer]) -> String {
     if peers.is_empty() {
         return "no peers yet; let another machine join with `keystone-mesh token create`\n".into();
     }
     let rows: Vec<Vec<String>> = peers.iter().map(row).collect();
     table(&["PEER", "ADDRESS", "PATH", "VIA", "RTT", "HANDSHAKE", "RX", "TX", "WHY NOT DIRECT"], &rows)
+}
+
+/// The network's plain peers; nothing where there are none.
+fn plain_table(peers: &[PlainPeer]) -> String {
+    if peers.is_empty() {
+        return String::new();
+    }
+    let words = |nets: &[IpNet]| nets.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+    let row = |peer: &PlainPeer| {
+        let address = peer.addresses.first().map_or_else(|| "-".to_owned(), |net| net.addr().to_string());
+        vec![peer.name.to_string(), address, peer.served_by.to_string(), words(&peer.routes)]
+    };
+    let rows: Vec<Vec<String>> = peers.iter().map(row).collect();
+    format!("\n{}", table(&["PLAIN PEER", "ADDRESS", "SERVED BY", "ROUTES"], &rows))
 }
 
 fn row(peer: &Peer) -> Vec<String> {
@@ -90,4 +145,50 @@ fn row(peer: &Peer) -> Vec<String> {
         bytes(peer.tx_bytes),
         peer.reason.clone().unwrap_or_default(),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::Approval;
+    use crate::status::tests::sample;
+
+    #[test]
+    fn status_names_node_approval_place_registry_faults_and_plain_peers() {
+        let mut status = sample();
+        status.plain_peers.push(PlainPeer {
+            name: "laptop".parse().unwrap(),
+            served_by: "home".parse().unwrap(),
+            public_key: status.node.public_key,
+            addresses: vec!["10.98.0.9/32".parse().unwrap()],
+            routes: vec!["192.168.7.0/24".parse().unwrap()],
+        });
+        let text = describe(&status);
+        for line in [
+            "home, control plane  10.98.0.1",
+            "  approval   approved",
+            "  location   home/attic",
+            "  registry   embedded, current",
+            "  faults     1 node: broken",
+            "PLAIN PEER  ADDRESS    SERVED BY  ROUTES",
+            "laptop      10.98.0.9  home       192.168.7.0/24",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+        }
+    }
+
+    #[test]
+    fn a_node_that_waits_says_for_what_and_a_lost_registry_since_when() {
+        let mut status = sample();
+        status.node.approval = Approval::Pending;
+        status.node.approval_reason = Some("nobody has approved it yet".into());
+        status.registry.state = "stale".into();
+        status.registry.since_s = 300.0;
+        status.registry.reason = Some("connection refused".into());
+        status.registry.known_from = "snapshot".into();
+        let text = describe(&status);
+        assert!(text.contains("  approval   pending: nobody has approved it yet\n"), "{text}");
+        let line = "embedded, stale for 5 min: connection refused (the snapshot of an earlier run is in force)";
+        assert!(text.contains(&format!("  registry   {line}\n")), "{text}");
+    }
 }

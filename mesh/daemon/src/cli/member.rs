@@ -86,7 +86,7 @@ pub(super) async fn relay(places: &Places, args: &RelayArgs) -> anyhow::Result<(
     let state = StateDir::open(&places.state_dir)?;
     let secret = state.secret_or_create()?;
     let network = args.network.context("--network is missing")?;
-    relay::run(secret.identity(), network, args.listen).await
+    relay::run(secret.identity(), network, args.listen, &args.status_listen).await
 }
 
 pub(super) async fn remove(places: &Places, name: keystone_mesh_core::node::NodeName) -> anyhow::Result<()> {

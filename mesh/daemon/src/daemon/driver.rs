@@ -21,6 +21,7 @@ use crate::clock::unix_now_ms;
 use crate::config::Config;
 use crate::control::{Answer, Call, Request};
 use crate::dataplane::DataEvent;
+use crate::http::{HttpServer, listen, pages};
 use crate::join;
 use crate::member;
 use crate::quic::relay_client::RelayState;
@@ -28,6 +29,7 @@ use crate::registry::Event;
 use crate::service::Service;
 use crate::signals::Stop;
 use crate::state::{LivePeer, Snapshot};
+use crate::status::Counts;
 
 /// Between two samples of the counters while there is traffic, as the path machine asks for.
 const SAMPLE: Duration = Duration::from_millis(100);
@@ -59,6 +61,9 @@ pub(super) struct Driver {
 
     // --- what was heard ---
     pub(super) registry_state: RegistryState,
+    pub(super) registry_since: Instant,
+    pub(super) registry_heard: bool,
+    pub(super) kernel_up: bool,
     signed_network: Option<SignedNetwork>,
     relay_changes: watch::Receiver<()>,
     pub(super) relays: Vec<RelayAddr>,
@@ -70,7 +75,9 @@ pub(super) struct Driver {
     timeout: Option<Instant>,
     saver: Option<Saver>,
     dirty: bool,
+    pub(super) counts: Counts,
     service: Option<(Vec<IpAddr>, Service)>,
+    status: Option<HttpServer>,
     service_addresses: Vec<IpAddr>,
 }
 
@@ -90,6 +97,9 @@ impl Driver {
             uplink,
             keeper,
             registry_state,
+            registry_since: Instant::now(),
+            registry_heard: false,
+            kernel_up: false,
             signed_network: None,
             relay_changes,
             relays: Vec::new(),
@@ -99,7 +109,9 @@ impl Driver {
             timeout: None,
             saver,
             dirty: false,
+            counts: Counts::default(),
             service: None,
+            status: None,
             service_addresses: Vec::new(),
         }
     }
@@ -120,6 +132,14 @@ impl Driver {
             None => {}
         }
         self.drain(now);
+    }
+
+    /// Serves status where the configuration says so.
+    pub(super) fn serve_status(&mut self, calls: mpsc::Sender<Call>) {
+        if !self.config.status_listen.is_empty() {
+            self.status = Some(pages::serve_daemon(calls, self.config.metrics_peers));
+            self.listen_for_status();
+        }
     }
 
     /// Runs until a signal, or until the node has left.
@@ -150,7 +170,10 @@ impl Driver {
                 _ = self.relay_changes.changed() => self.relays_changed(),
                 event = self.keeper.next() => match event {
                     KeeperEvent::HostAddresses(addresses) => self.host_addresses(addresses),
-                    KeeperEvent::Applied => self.restart_service(),
+                    KeeperEvent::Applied => {
+                        self.kernel_up = true;
+                        self.restart_service();
+                    }
                 },
                 Some(resolved) = self.resolved.recv() => self.resolved(resolved),
                 Some(call) = calls.recv() => if let Some(asker) = self.call(call).await { return End::Left(asker) },
@@ -174,6 +197,7 @@ impl Driver {
     pub(super) async fn finish(self) {
         self.save();
         drop(self.service);
+        drop(self.status);
         drop(self.keeper);
         if let Some(saver) = self.saver {
             saver.finish().await;
@@ -186,12 +210,13 @@ impl Driver {
     fn data_event(&mut self, event: DataEvent) {
         let now = Instant::now();
         match event {
-            DataEvent::Probe { via, from, bytes } => {
-                if let Err(refusal) = self.mesh.handle_probe(via, from, &bytes, now) {
+            DataEvent::Probe { via, from, bytes } => match self.mesh.handle_probe(via, from, &bytes, now) {
+                Ok(()) => self.counts.probes_received += 1,
+                Err(refusal) => {
                     self.local.plane.count_drop(DropReason::BadProbe);
                     tracing::trace!(%via, %refusal, "probe dropped");
                 }
-            }
+            },
             DataEvent::Demand { peer } => self.mesh.handle_demand(&peer, now),
             DataEvent::Roamed { peer, via } => self.mesh.handle_roamed(&peer, via, now),
             DataEvent::Handshake { peer } => self.mesh.handle_session(&peer),
@@ -204,7 +229,8 @@ impl Driver {
         match event {
             Event::Joined(approval) => self.joined(&approval)?,
             Event::Snapshot { network, entries, peers } => {
-                self.registry_state = RegistryState::Current;
+                (self.registry_state, self.registry_since) = (RegistryState::Current, now);
+                self.registry_heard = true;
                 self.everything(network, entries, peers, now);
             }
             Event::Changed(entry) => self.mesh.handle_entry(*entry, now),
@@ -217,6 +243,8 @@ impl Driver {
                 match self.registry_state {
                     RegistryState::Stale(_) => tracing::debug!(why, "the registry is still not heard"),
                     RegistryState::None | RegistryState::Waiting | RegistryState::Current => {
+                        self.registry_since = now;
+                        self.counts.registry_errors += 1;
                         tracing::warn!(why, "the registry is not heard; what is known stays in force");
                     }
                 }
@@ -341,12 +369,16 @@ impl Driver {
                 }
                 Output::Names(names) => drop(self.names.send_replace(names.into_iter().collect())),
                 Output::SetPath { peer, via } => {
+                    self.counts.path_changes += 1;
                     // False: the peer went in the same breath, and its removal is the next output.
                     tracing::debug!(%peer, via = via.map(tracing::field::display), "path");
                     self.local.plane.set_path(&peer, via);
                 }
                 Output::StartHandshake(peer) => drop(self.local.plane.start_handshake(&peer)),
-                Output::SendProbe { to, via, bytes } => self.send_probe(to, via, &bytes),
+                Output::SendProbe { to, via, bytes } => {
+                    self.counts.probes_sent += 1;
+                    self.send_probe(to, via, &bytes);
+                }
                 Output::Publish(record) => self.publish(record),
                 Output::Save => self.dirty = true,
                 Output::Timeout { at, .. } => {
@@ -368,6 +400,13 @@ impl Driver {
         self.service_addresses = addresses.iter().map(ipnet::IpNet::addr).collect();
         let routes = routes.iter().map(|dst| Route { dst: *dst, mtu: None }).collect();
         self.keeper.set_desired(Desired { mtu: self.config.mtu.into(), up: true, addresses, routes, rule: true });
+        self.listen_for_status();
+    }
+
+    fn listen_for_status(&self) {
+        if let Some(status) = &self.status {
+            status.set_addresses(listen::addresses(&self.config.status_listen, &self.service_addresses));
+        }
     }
 
     /// Ping and bench are answered on the mesh addresses, once they are on the interface.
@@ -392,6 +431,7 @@ impl Driver {
         self.last_seq = unix_now_ms().max(self.last_seq + 1);
         let record = NodeRecord { seq: self.last_seq, ..record };
         if let Some(registry) = &mut self.uplink.registry {
+            self.counts.registry_writes += 1;
             let key = self.config.private_key.clone().unwrap_or_else(|| self.start.secret.wireguard(0));
             registry.publish(record.sign_with_key(&self.start.secret.identity(), &key));
         }

@@ -1,6 +1,7 @@
 //! Keeps the kernel's state as the machine wants it, also after somebody else changed it; tells the host's addresses.
 
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ipnet::IpNet;
@@ -17,8 +18,28 @@ pub(super) struct Keeper {
     excluded: watch::Sender<Vec<IpNet>>,
     addresses: watch::Receiver<Option<Vec<IpAddr>>>,
     warnings: Arc<Mutex<Vec<String>>>,
+    counts: Arc<KernelCounts>,
     applied: watch::Receiver<u64>,
     task: JoinHandle<()>,
+}
+
+/// What the keeper counts.
+#[derive(Debug, Default)]
+pub(super) struct KernelCounts {
+    repairs: AtomicU64,
+    errors: AtomicU64,
+}
+
+impl KernelCounts {
+    /// Addresses, routes and rules put right after somebody else changed them.
+    pub(super) fn repairs(&self) -> u64 {
+        self.repairs.load(Ordering::Relaxed)
+    }
+
+    /// Those that the kernel refused, and rounds that failed as a whole.
+    pub(super) fn errors(&self) -> u64 {
+        self.errors.load(Ordering::Relaxed)
+    }
 }
 
 /// What the keeper tells.
@@ -74,6 +95,11 @@ impl Keeper {
     pub(super) fn warnings(&self) -> Vec<String> {
         self.warnings.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
+
+    /// What it has counted.
+    pub(super) fn counts(&self) -> &KernelCounts {
+        &self.counts
+    }
 }
 
 /// Starts the keeper of an interface.
@@ -85,9 +111,18 @@ pub(super) fn start(interface: &str) -> anyhow::Result<Keeper> {
     let (tell_addresses, addresses) = watch::channel(None);
     let (tell_applied, applied) = watch::channel(0);
     let warnings = Arc::new(Mutex::new(Vec::new()));
-    let work = Work { kernel, wanted, exclusions, tell_addresses, tell_applied, warnings: warnings.clone() };
+    let counts = Arc::<KernelCounts>::default();
+    let work = Work {
+        kernel,
+        wanted,
+        exclusions,
+        tell_addresses,
+        tell_applied,
+        warnings: warnings.clone(),
+        counts: counts.clone(),
+    };
     let task = tokio::spawn(work.run(changes));
-    Ok(Keeper { desired, excluded, addresses, warnings, applied, task })
+    Ok(Keeper { desired, excluded, addresses, warnings, counts, applied, task })
 }
 
 /// Takes everything of ours away from the kernel.
@@ -106,23 +141,30 @@ struct Work {
     tell_addresses: watch::Sender<Option<Vec<IpAddr>>>,
     tell_applied: watch::Sender<u64>,
     warnings: Arc<Mutex<Vec<String>>>,
+    counts: Arc<KernelCounts>,
 }
 
 impl Work {
     async fn run(mut self, mut changes: crate::kernel::Changes) {
         let mut round = 0;
+        // What differs although nothing else is wanted than before was changed by somebody else.
+        let mut repair = false;
         loop {
             self.look_around().await;
-            if self.apply().await {
+            if self.apply(repair).await {
                 round += 1;
                 self.tell_applied.send_replace(round);
             }
+            repair = false;
             tokio::select! {
                 changed = self.wanted.changed() => if changed.is_err() { return },
                 changed = self.exclusions.changed() => if changed.is_err() { return },
-                changed = changes.changed() => if let Err(error) = changed {
-                    tracing::warn!(%error, "the kernel's changes cannot be heard; looking again in a second");
-                    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+                changed = changes.changed() => match changed {
+                    Ok(()) => repair = true,
+                    Err(error) => {
+                        tracing::warn!(%error, "the kernel's changes cannot be heard; looking again in a second");
+                        tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+                    }
                 },
             }
         }
@@ -141,14 +183,20 @@ impl Work {
     }
 
     /// Whether there was anything to make so, and it is.
-    async fn apply(&mut self) -> bool {
+    async fn apply(&mut self, repair: bool) -> bool {
+        let repair = repair && !self.wanted.has_changed().unwrap_or(false);
         let Some(desired) = self.wanted.borrow_and_update().clone() else { return false };
         match self.kernel.apply(&desired).await {
             Ok(applied) => {
+                if repair {
+                    self.counts.repairs.fetch_add(applied.changes as u64, Ordering::Relaxed);
+                }
+                self.counts.errors.fetch_add(applied.failures.len() as u64, Ordering::Relaxed);
                 self.report(&applied);
                 applied.failures.is_empty()
             }
             Err(error) => {
+                self.counts.errors.fetch_add(1, Ordering::Relaxed);
                 tracing::error!(%error, "the kernel's state is not kept");
                 self.set_warnings(vec![error.to_string()]);
                 false

@@ -1,22 +1,28 @@
 //! The driver's state as [`Status`].
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use keystone_mesh_core::mesh::PeerStatus;
+use keystone_mesh_core::node::{Entry, NodeName};
 use keystone_mesh_core::path::{Outcome, State, Tried};
-use keystone_mesh_core::{NodeId, Via};
+use keystone_mesh_core::plain_peer::SignedPlainPeer;
+use keystone_mesh_core::{NodeId, PublicKey, Via, plan};
 
 use super::driver::{Driver, RegistryState};
 use crate::dataplane::{PeerStats, Stats};
 use crate::quic::relay_client::RelayState;
 use crate::service::data_plane_cpu;
-use crate::status::{DataPlane, Node, Peer, Registry, Relay, Status};
+use crate::status::{
+    Approval, Counts, DataPlane, Handshakes, Node, NodeFault, Peer, PlainPeer, Registry, Relay, Status,
+};
 
 pub(super) fn status(driver: &Driver, now: Instant) -> Status {
     let stats = driver.local.plane.stats();
-    let peers = driver.mesh.peers(now).into_iter().map(|peer| describe_peer(driver, peer, &stats, now)).collect();
+    let counted: BTreeMap<PublicKey, &PeerStats> = stats.peers.iter().map(|peer| (peer.key, peer)).collect();
+    let peers = driver.mesh.peers(now).into_iter();
+    let peers = peers.map(|peer| describe_peer(driver, &peer, counted.get(&peer.key).copied(), now)).collect();
     let mut warnings = driver.keeper.warnings();
-    warnings.extend(driver.mesh.faults().iter().map(ToString::to_string));
     warnings.extend(driver.mesh.unapproved_routes().map(|route| {
         format!(
             "the route to {route} is asked for and not approved; leave and join again with a token made with `token create \
@@ -26,9 +32,17 @@ pub(super) fn status(driver: &Driver, now: Instant) -> Status {
     Status {
         node: node(driver, now),
         relays: driver.relays.iter().map(|relay| describe_relay(driver, relay)).collect(),
-        registry: registry(driver),
+        registry: registry(driver, now),
         peers,
-        data_plane: DataPlane { live_sessions: stats.live_sessions, drops: drops(&stats), cpu_s: data_plane_cpu() },
+        plain_peers: driver.mesh.known().2.map(describe_stated).collect(),
+        faults: driver.mesh.faults().iter().map(describe_fault).collect(),
+        data_plane: data_plane(driver, &stats),
+        counts: Counts {
+            kernel_repairs: driver.keeper.counts().repairs(),
+            kernel_errors: driver.keeper.counts().errors(),
+            ..driver.counts
+        },
+        relay_server: driver.uplink.relays.local().map(|relay| relay.snapshot()),
         warnings,
     }
 }
@@ -36,6 +50,9 @@ pub(super) fn status(driver: &Driver, now: Instant) -> Status {
 fn node(driver: &Driver, now: Instant) -> Node {
     let (candidates, nat) = driver.mesh.location();
     let membership = driver.start.membership.as_ref();
+    let own = own_entry(driver);
+    let (approval, approval_reason) = approval(driver, own);
+    let location = own.and_then(|entry| entry.approval.as_ref()?.get().location.clone());
     Node {
         name: driver.start.name.clone(),
         network: membership.map(|membership| membership.network),
@@ -43,6 +60,9 @@ fn node(driver: &Driver, now: Instant) -> Node {
         public_key: driver.local.public_key,
         addresses: driver.mesh.addresses(),
         control_plane: membership.is_some_and(|membership| membership.control_plane),
+        approval,
+        approval_reason,
+        location,
         interface: driver.config.interface.clone(),
         mtu: driver.config.mtu,
         listen_port: driver.local.port,
@@ -54,14 +74,87 @@ fn node(driver: &Driver, now: Instant) -> Node {
     }
 }
 
-fn registry(driver: &Driver) -> Registry {
+fn own_entry(driver: &Driver) -> Option<&Entry> {
+    let name = driver.start.name.as_ref()?;
+    driver.mesh.known().1.into_iter().find(|entry| entry.name() == name)
+}
+
+/// What the network says of this node, and what to do where that is not yes.
+fn approval(driver: &Driver, own: Option<&Entry>) -> (Approval, Option<String>) {
+    let Some(name) = &driver.start.name else { return (Approval::None, None) };
+    let identity = driver.start.secret.identity().id();
+    let membership = driver.start.membership.as_ref();
+    let said = own.and_then(|entry| entry.approval.as_ref()).or(membership.and_then(|m| m.approval.as_ref()));
+    match said.map(|approval| approval.get()) {
+        None => (
+            Approval::Pending,
+            Some(format!("nobody has approved it yet; run `keystone-mesh approve {name}` on the control plane")),
+        ),
+        Some(approval) if approval.identity != identity => {
+            let why = format!(
+                "another machine ({}) is approved under its name; on the control plane run `keystone-mesh remove {name}` if \
+                 that machine is gone, then `keystone-mesh approve {name}`",
+                approval.identity.short()
+            );
+            (Approval::Pending, Some(why))
+        }
+        Some(approval) if approval.is_revoked() => {
+            let why = format!(
+                "it was put out of the network; run `keystone-mesh approve {name}` on the control plane to let it in again"
+            );
+            (Approval::Revoked, Some(why))
+        }
+        Some(_) => (Approval::Approved, None),
+    }
+}
+
+fn describe_fault(fault: &plan::Fault) -> NodeFault {
+    let (node, code) = match fault {
+        plan::Fault::NotApproved { name } => (name, "not_approved"),
+        plan::Fault::SharedKey { name, .. } => (name, "shared_key"),
+        plan::Fault::Overlap { name, .. } => (name, "overlap"),
+        plan::Fault::NotRouted { peer, .. } => (peer, "not_routed"),
+    };
+    NodeFault { node: node.to_string(), code: code.to_owned(), says: fault.to_string() }
+}
+
+fn data_plane(driver: &Driver, stats: &Stats) -> DataPlane {
+    DataPlane {
+        up: driver.kernel_up,
+        live_sessions: stats.live_sessions,
+        rx_datagrams: stats.rx_packets,
+        rx_bytes: stats.rx_bytes,
+        tx_datagrams: stats.tx_packets,
+        tx_bytes: stats.tx_bytes,
+        handshakes: Handshakes {
+            started: stats.handshakes_started,
+            completed: stats.handshakes_completed,
+            failed: stats.handshakes_failed,
+        },
+        drops: drops(stats),
+        cpu_s: data_plane_cpu(),
+    }
+}
+
+fn registry(driver: &Driver, now: Instant) -> Registry {
     let (state, reason) = match &driver.registry_state {
         RegistryState::None => ("none", None),
         RegistryState::Waiting => ("connecting", None),
         RegistryState::Current => ("current", None),
         RegistryState::Stale(why) => ("stale", Some(why.clone())),
     };
-    Registry { kind: driver.uplink.kind.to_owned(), state: state.to_owned(), reason }
+    let known_from = match (driver.registry_heard, driver.mesh.known().0) {
+        (true, _) => "registry",
+        (false, Some(_)) => "snapshot",
+        (false, None) => "none",
+    };
+    Registry {
+        kind: driver.uplink.kind.to_owned(),
+        state: state.to_owned(),
+        reason,
+        since_s: now.saturating_duration_since(driver.registry_since).as_secs_f64(),
+        known_from: known_from.to_owned(),
+    }
 }
 
 fn describe_relay(driver: &Driver, relay: &keystone_mesh_core::relay::RelayAddr) -> Relay {
@@ -77,29 +170,46 @@ fn describe_relay(driver: &Driver, relay: &keystone_mesh_core::relay::RelayAddr)
     Relay { id: relay.id, address, state: state.to_owned(), rtt_ms, observed, reason }
 }
 
-fn describe_peer(driver: &Driver, peer: PeerStatus, stats: &Stats, now: Instant) -> Peer {
-    let counted = stats.peers.iter().find(|counted| counted.key == peer.key);
+fn describe_peer(driver: &Driver, peer: &PeerStatus, counted: Option<&PeerStats>, now: Instant) -> Peer {
     let path = match peer.path.state {
         State::Direct => "direct",
         State::Relayed => "relayed",
         State::Idle => "idle",
         State::Connecting => "none",
     };
-    let last_handshake = counted.and_then(|counted: &PeerStats| counted.last_handshake);
+    // One of this node's configuration is nobody's to serve.
+    let stated = |name: &NodeName| {
+        driver.mesh.known().2.any(|stated| stated.get().public_key == peer.key && stated.get().node == *name)
+    };
+    let served_by = driver.start.name.clone().filter(|name| peer.identity.is_none() && stated(name));
+    let last_handshake = counted.and_then(|counted| counted.last_handshake);
     Peer {
-        name: peer.name,
+        name: peer.name.clone(),
         identity: peer.identity,
         public_key: peer.key,
-        addresses: peer.addresses,
-        routes: peer.routes,
+        addresses: peer.addresses.clone(),
+        routes: peer.routes.clone(),
+        location: peer.location.clone(),
+        served_by,
         path: path.to_owned(),
         via: peer.path.via.map(|via| describe_via(driver, via)),
         rtt_ms: peer.path.rtt.map(millis),
         last_handshake_s: last_handshake.map(|at| now.saturating_duration_since(at).as_secs_f64()),
         rx_bytes: counted.map_or(0, |counted| counted.rx_bytes),
         tx_bytes: counted.map_or(0, |counted| counted.tx_bytes),
-        reason: peer.path.reason.map(|reason| reason.to_string()),
+        reason: peer.path.reason.as_ref().map(ToString::to_string),
         tried: peer.path.tried.iter().map(|tried| describe_tried(driver, tried)).collect(),
+    }
+}
+
+fn describe_stated(stated: &SignedPlainPeer) -> PlainPeer {
+    let peer = stated.get();
+    PlainPeer {
+        name: peer.name.clone(),
+        served_by: peer.node.clone(),
+        public_key: peer.public_key,
+        addresses: peer.addresses.clone(),
+        routes: peer.routes.clone(),
     }
 }
 
@@ -129,7 +239,7 @@ fn relay_name(driver: &Driver, id: NodeId) -> String {
     named.map_or_else(|| id.short(), ToString::to_string)
 }
 
-fn drops(stats: &Stats) -> std::collections::BTreeMap<String, u64> {
+fn drops(stats: &Stats) -> BTreeMap<String, u64> {
     let counted = stats.drops.iter().filter(|(_, count)| *count > 0);
     counted.map(|(reason, count)| (reason.label().to_owned(), *count)).collect()
 }

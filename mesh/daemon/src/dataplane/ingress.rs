@@ -233,7 +233,7 @@ impl Ingress {
         drop(peer);
         self.shared.counters.received(packets, bytes);
         if received.confirmed {
-            self.shared.event(DataEvent::Handshake { peer: cell.key });
+            self.shared.proven(cell.key);
         }
         if received.roamed {
             self.shared.event(DataEvent::Roamed { peer: cell.key, via: from.via() });

@@ -13,7 +13,7 @@ use keystone_mesh_core::DropReason;
 
 use super::DataEvent;
 use super::batch::Runs;
-use super::peer::{PeerCell, Sealing};
+use super::peer::{PeerCell, Sealing, Ticked};
 use super::remote::Remote;
 use super::shared::Shared;
 use super::wg::{self, Message};
@@ -108,7 +108,7 @@ impl Keeper {
         let to = peer.remote().unwrap_or(*from);
         drop(peer);
         self.shared.send(cell.index.shard(), &to, &self.out[..len], len, false);
-        self.shared.event(DataEvent::Handshake { peer: cell.key });
+        self.shared.proven(cell.key);
         if received.roamed {
             self.shared.event(DataEvent::Roamed { peer: cell.key, via: from.via() });
         }
@@ -126,6 +126,7 @@ impl Keeper {
         let message = peer.initiate(&self.shared.engine, cell, again, self.now, &mut self.out);
         drop(peer);
         if let Some(len) = message {
+            self.shared.counters.handshake_started();
             self.shared.send(cell.index.shard(), &to, &self.out[..len], len, false);
         }
     }
@@ -148,11 +149,17 @@ impl Keeper {
         let mut any = false;
         for cell in table.peers().filter(|cell| cell.is_active()) {
             let mut peer = cell.lock();
-            let (message, lost) = peer.tick(&self.shared.engine, cell, self.now, &mut self.out);
+            let Ticked { message, lost, gave_up } = peer.tick(&self.shared.engine, cell, self.now, &mut self.out);
             let to = peer.remote();
             drop(peer);
             self.shared.counters.drop(DropReason::NoPath, lost);
+            if gave_up {
+                self.shared.counters.handshake_failed();
+            }
             if let (Some(len), Some(to)) = (message, to) {
+                if wg::is_initiation(&self.out[..len]) {
+                    self.shared.counters.handshake_started();
+                }
                 self.shared.send(cell.index.shard(), &to, &self.out[..len], len, false);
             }
             any |= cell.is_active();

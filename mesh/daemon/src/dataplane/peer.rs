@@ -22,6 +22,9 @@ const EVENT_INTERVAL: Duration = Duration::from_secs(1);
 /// The least time between two requests for a session. The keeper repeats an initiation by itself.
 const REQUEST_INTERVAL: Duration = Duration::from_millis(250);
 
+/// A handshake is repeated every 5 s and a little (WireGuard's paper, section 6.4): after a pause of this it is over.
+const STILL_TRYING: Duration = Duration::from_secs(10);
+
 /// A peer and its lock.
 pub(crate) struct PeerCell {
     pub(crate) key: PublicKey,
@@ -57,6 +60,7 @@ pub(crate) struct Peer {
     // When things were done last, to be done again or not yet.
     last_sent: Option<Instant>,
     last_attempt: Option<Instant>,
+    last_initiation: Option<Instant>,
     last_request: Option<Instant>,
     last_demand: Option<Instant>,
     last_roamed: Option<Instant>,
@@ -82,6 +86,17 @@ pub(crate) struct Received {
     pub(crate) roamed: bool,
     /// Something has waited and can go.
     pub(crate) unblocked: bool,
+}
+
+/// What became of a peer with the time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Ticked {
+    /// The length of a message to send, if there is one.
+    pub(crate) message: Option<usize>,
+    /// How many waiting packets were given up.
+    pub(crate) lost: usize,
+    /// Whether a handshake was given up that nobody answered.
+    pub(crate) gave_up: bool,
 }
 
 /// What stats show of a peer.
@@ -133,6 +148,7 @@ impl Peer {
             received_via: None,
             last_sent: None,
             last_attempt: None,
+            last_initiation: None,
             last_request: None,
             last_demand: None,
             last_roamed: None,
@@ -311,6 +327,7 @@ impl Peer {
     ) -> Option<usize> {
         let len = self.tunnel_or_new(engine, cell)?.initiate(out, again)?;
         self.last_attempt = Some(now);
+        self.last_initiation = Some(now);
         Some(len)
     }
 
@@ -337,16 +354,9 @@ impl Peer {
         Ok(answer)
     }
 
-    /// Lets time pass. Gives the length of a message to send, if there is one, and how many waiting packets were given
-    /// up.
-    pub(crate) fn tick(
-        &mut self,
-        engine: &Engine,
-        cell: &PeerCell,
-        now: Instant,
-        out: &mut [u8],
-    ) -> (Option<usize>, usize) {
-        let mut lost = 0;
+    /// Lets time pass.
+    pub(crate) fn tick(&mut self, engine: &Engine, cell: &PeerCell, now: Instant, out: &mut [u8]) -> Ticked {
+        let (mut lost, mut gave_up) = (0, false);
         let mut message = None;
         if let Some(tunnel) = &mut self.tunnel {
             match tunnel.tick(out) {
@@ -355,17 +365,22 @@ impl Peer {
                 wg::Tick::Expired => {
                     self.tunnel = None;
                     lost = self.pending.clear();
+                    // Keys that only grew too old had their last handshake long ago.
+                    gave_up = self.last_initiation.is_some_and(|at| now.duration_since(at) < STILL_TRYING);
                 }
             }
         }
         if message.is_none() {
             message = self.keep_alive(engine, cell, now, out);
         }
-        if message.is_some() {
+        if let Some(len) = message {
             self.last_sent = Some(now);
+            if wg::is_initiation(&out[..len]) {
+                self.last_initiation = Some(now);
+            }
         }
         cell.set_active(self.tunnel.is_some() || (self.keepalive.is_some() && self.has_path() && !self.removed));
-        (message, lost)
+        Ticked { message, lost, gave_up }
     }
 
     /// Persistent keepalive: a packet whenever the line has been silent for the interval, a session if there is none.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, TrySendError};
 
 use arc_swap::ArcSwap;
-use keystone_mesh_core::{DropReason, NodeId};
+use keystone_mesh_core::{DropReason, NodeId, PublicKey};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::sync::mpsc;
 
@@ -91,6 +91,12 @@ impl Shared {
         if self.events.try_send(event).is_err() {
             self.counters.drop(DropReason::ControlQueueFull, 1);
         }
+    }
+
+    /// A session with this peer has proven itself.
+    pub(crate) fn proven(&self, peer: PublicKey) {
+        self.counters.handshake_completed();
+        self.event(DataEvent::Handshake { peer });
     }
 
     /// Gives the keeper a job; false if it has too many.

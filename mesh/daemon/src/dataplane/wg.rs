@@ -115,6 +115,11 @@ impl Engine {
     }
 }
 
+/// Whether a message that we made is a handshake's first.
+pub(crate) fn is_initiation(message: &[u8]) -> bool {
+    message.first() == Some(&1)
+}
+
 /// Why a handshake message goes no further.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refusal {

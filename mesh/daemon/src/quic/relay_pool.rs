@@ -73,6 +73,11 @@ impl RelayPool {
         self.clients.load().get(&relay).cloned()
     }
 
+    /// The relay inside this node, if it is one.
+    pub fn local(&self) -> Option<&RelayServer> {
+        self.config.local.as_deref()
+    }
+
     /// Every relay and how it is doing.
     pub fn states(&self) -> Vec<(NodeId, RelayState)> {
         self.clients.load().iter().map(|(id, client)| (*id, client.state().borrow().clone())).collect()

@@ -37,7 +37,7 @@ use super::endpoint::{Authenticated, ConnectionHandler, QuicEndpoint, canonical}
 use super::frames;
 use super::splice::AcceptSpliced;
 use super::tls::Protocol;
-pub use counters::{RelayCounters, RelaySnapshot};
+pub use counters::{REFUSALS, RelayCounters, RelaySnapshot};
 pub use forward::LocalNode;
 
 /// How long a client may take for a message that it owes.
@@ -140,7 +140,8 @@ impl RelayServer {
     pub fn snapshot(&self) -> RelaySnapshot {
         let clients = self.clients.read().unwrap_or_else(PoisonError::into_inner).len();
         let joiners = self.admission.lock().unwrap_or_else(PoisonError::into_inner).joiners();
-        self.counters.snapshot(clients, joiners)
+        let open_splices = self.config.splices.saturating_sub(self.splices.available_permits());
+        self.counters.snapshot(clients, joiners, open_splices)
     }
 
     async fn serve_client(self: Arc<Self>, connection: Authenticated) {

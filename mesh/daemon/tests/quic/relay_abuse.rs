@@ -106,7 +106,7 @@ async fn rubbish_instead_of_a_greeting_is_answered_with_the_reason() {
         assert_eq!(refusal.code, Code::Malformed);
         assert!(refusal.message.contains(reason), "{refusal}");
     }
-    eventually("they are counted", || relay.server.snapshot().refused_malformed == 4).await;
+    eventually("they are counted", || relay.server.snapshot().refused["malformed"] == 4).await;
     Client::node(&relay, 1).up().await;
 }
 

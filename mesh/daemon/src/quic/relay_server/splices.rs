@@ -32,7 +32,7 @@ impl RelayServer {
         while let Ok((mut send, receive)) = client.connection.accept_bi().await {
             while tasks.try_join_next().is_some() {}
             if tasks.len() >= STREAMS {
-                self.counters.splice_refused();
+                self.counters.splice_refused(Code::Busy);
                 let _ = send.reset(CloseCode::Busy.number().into());
                 continue;
             }
@@ -46,7 +46,7 @@ impl RelayServer {
         let (far, _permit) = match self.reach_control_plane(client, place.others, &mut receive).await {
             Ok(far) => far,
             Err(refusal) => {
-                self.counters.splice_refused();
+                self.counters.splice_refused(refusal.code);
                 tracing::debug!(client = %client.id.short(), %refusal, "splice refused");
                 let _ = frames::write(&mut send, &RelayMessage::Refused(refusal), MAX_MESSAGE).await;
                 return;
