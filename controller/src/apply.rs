@@ -89,9 +89,9 @@ impl Applier {
                 self.apply_to::<Peer>(&target, json!({"metadata": metadata}), peer).await
             }
             Effect::MemberStatus { target, status } => {
-                self.apply_status::<Member>(&target, json!(status), member).await
+                self.replace_status::<Member>(&target, json!(status), member).await
             }
-            Effect::PeerStatus { target, status } => self.apply_status::<Peer>(&target, json!(status), peer).await,
+            Effect::PeerStatus { target, status } => self.replace_status::<Peer>(&target, json!(status), peer).await,
             Effect::TokenStatus { name, resource_version, status } => {
                 // Lists that are empty are left out of a status, and a merge would keep what stood there.
                 let status = json!({"used": status.used, "joined": status.joined});
@@ -107,8 +107,7 @@ impl Applier {
                 Ok(Some(node(patched)))
             }
             Effect::NodeTaints { target, seen, wanted } => {
-                let patch = serde_json::from_value(taints_patch(&target.uid, &seen, &wanted));
-                let patch = Patch::<()>::Json(patch.expect("it has the form of RFC 6902"));
+                let patch = json_patch(taints_patch(&target.uid, &seen, &wanted));
                 Ok(Some(node(self.nodes().patch(target.name.as_str(), &ours(), &patch).await?)))
             }
             Effect::NodeInit { target, labels, provider_id } => {
@@ -162,7 +161,8 @@ impl Applier {
         Ok(Some(object(api.patch(target.name.as_str(), &ours().force(), &patch).await?)))
     }
 
-    async fn apply_status<K>(
+    /// The whole status. The API server takes no notice of a uid beside a custom resource's status, so it is tested.
+    async fn replace_status<K>(
         &self,
         target: &Target,
         status: Value,
@@ -172,8 +172,11 @@ impl Applier {
         K: Resource<DynamicType = ()> + Clone + DeserializeOwned + std::fmt::Debug,
     {
         let api = Api::<K>::all(self.client.clone());
-        let patch = Patch::Apply(identified::<K>(target, json!({"status": status})));
-        Ok(Some(object(api.patch_status(target.name.as_str(), &ours().force(), &patch).await?)))
+        let patch = json_patch(json!([
+            {"op": "test", "path": "/metadata/uid", "value": target.uid},
+            {"op": "add", "path": "/status", "value": status},
+        ]));
+        Ok(Some(object(api.patch_status(target.name.as_str(), &ours(), &patch).await?)))
     }
 
     fn nodes(&self) -> Api<SlimNode> {
@@ -206,6 +209,10 @@ fn identified<K: Resource<DynamicType = ()>>(target: &Target, mut wanted: Value)
     wanted
 }
 
+fn json_patch(operations: Value) -> Patch<()> {
+    Patch::Json(serde_json::from_value(operations).expect("it has the form of RFC 6902"))
+}
+
 /// Taints are a list without keys to merge by that all writers share; so it is replaced only as it was seen.
 fn taints_patch(uid: &str, seen: &[Taint], wanted: &[Taint]) -> Value {
     // An absent list tests equal to null, and to an empty one it does not.
@@ -224,7 +231,7 @@ fn judge(error: &kube::Error) -> Applied {
     let outcome = match status.code {
         404 => Outcome::Gone,
         409 => Outcome::Conflict,
-        422 if is_failed_test(status) => Outcome::Conflict,
+        422 if is_overtaken(status) => Outcome::Conflict,
         429 => Outcome::Failed,
         400..=499 => Outcome::Refused,
         _ => Outcome::Failed,
@@ -232,8 +239,9 @@ fn judge(error: &kube::Error) -> Applied {
     Applied::failed(outcome, status.message.clone(), Some(status.code))
 }
 
-/// A JSON patch whose `test` did not hold answers 422, as an invalid object does.
-fn is_failed_test(status: &Status) -> bool {
-    let causes = status.details.iter().flat_map(|details| &details.causes).map(|cause| &cause.message);
-    causes.chain([&status.message]).any(|message| message.to_ascii_lowercase().contains("testing"))
+/// Two ways in which 422, the answer to an invalid object, says that the object is not the one that was seen: the `test`
+/// of a JSON patch did not hold, which names no cause, or the uid of a merge is another's.
+fn is_overtaken(status: &Status) -> bool {
+    let causes = status.details.as_ref().map_or(&[][..], |details| &details.causes);
+    causes.is_empty() || causes.iter().any(|cause| cause.field == "metadata.uid")
 }

@@ -34,6 +34,8 @@ mod plain;
 mod readiness;
 mod routes;
 mod standing;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
