@@ -18,6 +18,8 @@ pub const NAMESPACE: &str = "keystone-mesh";
 
 /// Field manager of nodes' daemons and of the gateway: records.
 pub const AGENT_MANAGER: &str = "keystone-mesh";
+/// Field manager of the gateway and of people's commands: Members' and JoinTokens' specs.
+pub const GATEWAY_MANAGER: &str = "keystone-gateway";
 /// Field manager of the controller: approvals, conditions, taints.
 pub const CONTROLLER_MANAGER: &str = "keystone-controller";
 

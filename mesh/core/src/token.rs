@@ -113,6 +113,23 @@ impl TokenHash {
     }
 }
 
+impl fmt::Display for TokenHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&encode_base32(&self.0))
+    }
+}
+
+impl FromStr for TokenHash {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        decode_base32(text)
+            .and_then(|bytes| bytes.try_into().ok())
+            .map(Self)
+            .ok_or_else(|| "not the hash of a token: expected 52 characters a-z, 2-7".to_owned())
+    }
+}
+
 /// A whole token, as the joiner reads it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Token {

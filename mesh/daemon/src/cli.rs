@@ -1,8 +1,10 @@
 //! The command line.
 
+mod agent;
 mod bench;
 mod doctor;
 mod inspect;
+mod kubernetes;
 mod member;
 mod output;
 mod peer;
@@ -55,6 +57,13 @@ enum Command {
     Join(JoinArgs),
     /// Run the daemon, in the foreground
     Up(Box<UpArgs>),
+    /// Serve this Node from a DaemonSet's pod: give the host's daemon access to Kubernetes, or run it here
+    Agent(Box<AgentArgs>),
+    /// Let a Node that waits into the network (with an administrator's access to Kubernetes)
+    Approve(ApproveArgs),
+    /// What Kubernetes needs to know of the network (on the control plane)
+    #[command(subcommand)]
+    Kubernetes(KubernetesCommand),
     /// Run a relay alone, as on a small public server: no interface, no privileges
     Relay(RelayArgs),
     /// Show this node, its relays, its registry and its peers
@@ -191,6 +200,49 @@ struct UpArgs {
 }
 
 #[derive(clap::Args, Debug)]
+struct AgentArgs {
+    #[command(flatten)]
+    options: Options,
+    /// Configuration file (TOML)
+    #[arg(long, env = "KEYSTONE_MESH_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Directory of the pod's service account
+    #[arg(long, default_value = crate::kube_api::access::SERVICE_ACCOUNT_DIR, value_name = "DIR")]
+    service_account: PathBuf,
+    /// Seconds for which the host's daemon is waited for before it is run here
+    #[arg(long, default_value_t = 30, env = "KEYSTONE_MESH_HOST_PATIENCE", value_name = "SECONDS")]
+    host_patience: u64,
+}
+
+#[derive(clap::Args, Debug)]
+struct ApproveArgs {
+    /// The Node, or the machine that is to be one
+    name: NodeName,
+    /// The identity that is let in, or how it begins (8 characters and more); anything else there is refused
+    #[arg(long, value_name = "FINGERPRINT")]
+    identity: Option<String>,
+    /// A network that it may be the way to; repeatable
+    #[arg(long = "route", value_name = "CIDR")]
+    routes: Vec<ipnet::IpNet>,
+    /// Access to Kubernetes [default: $KUBECONFIG, ~/.kube/config, k3s' or kubeadm's administrator's]
+    #[arg(long, env = "KEYSTONE_MESH_KUBECONFIG", value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Subcommand, Debug)]
+enum KubernetesCommand {
+    /// Print a Namespace and a Secret with the network's signing key, for `kubectl apply --filename -`
+    Secret {
+        /// The namespace of the mesh's objects
+        #[arg(long, env = "KEYSTONE_MESH_NAMESPACE", default_value = keystone_mesh_api::NAMESPACE, value_name = "NAME")]
+        namespace: String,
+    },
+}
+
+#[derive(clap::Args, Debug)]
 struct RelayArgs {
     /// The network key, as `init` prints it: whom the relay serves
     #[arg(long, env = "KEYSTONE_MESH_NETWORK", required_unless_present = "print_key")]
@@ -266,6 +318,9 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             Command::Token(command) => token::run(&places, command).await,
             Command::Join(args) => member::join(&places, args).await,
             Command::Up(args) => member::up(&places, *args).await,
+            Command::Agent(args) => agent::run(&places, *args).await,
+            Command::Approve(args) => kubernetes::approve(&args).await,
+            Command::Kubernetes(KubernetesCommand::Secret { namespace }) => kubernetes::secret(&places, &namespace),
             Command::Relay(args) => member::relay(&places, &args).await,
             Command::Status(args) => inspect::status(&places, args.json).await,
             Command::Peers(args) => inspect::peers(&places, args.json).await,

@@ -11,10 +11,11 @@ use clap::Args;
 use ipnet::IpNet;
 use keystone_mesh_core::node::NodeName;
 use keystone_mesh_core::relay::address::{HostPort, RelayAddr};
-use keystone_mesh_core::{PeerConfig, PresharedKey, PrivateKey, PublicKey};
+use keystone_mesh_core::{NodeId, PeerConfig, PresharedKey, PrivateKey, PublicKey};
 use serde::{Deserialize, Serialize};
 
 use crate::http::listen::{self, ListenAt};
+use crate::kube_api::access::ServiceAccount;
 
 /// Default UDP port. 51820, 51821, 51871 and 8472 belong to WireGuard, flannel, Cilium and VXLAN.
 pub const DEFAULT_PORT: u16 = 51840;
@@ -90,6 +91,18 @@ pub struct Options {
     /// Also serve as a relay for the network: for nodes with a public address [default: false]
     #[arg(long, env = "KEYSTONE_MESH_SERVE_RELAY", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     pub serve_relay: Option<bool>,
+    /// Where records are published and watched [default: embedded on the control plane, else gateway]
+    #[arg(long, env = "KEYSTONE_MESH_REGISTRY", value_enum, value_name = "WHERE")]
+    pub registry: Option<RegistryKind>,
+    /// Access to Kubernetes [default: the pod's service account, $KUBECONFIG, k3s' or kubeadm's administrator's]
+    #[arg(long, env = "KEYSTONE_MESH_KUBECONFIG", value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+    /// The namespace of the mesh's objects in Kubernetes [default: keystone-mesh]
+    #[arg(long, env = "KEYSTONE_MESH_NAMESPACE", value_name = "NAME")]
+    pub namespace: Option<String>,
+    /// The network key, for a Node that joins by its approval in Kubernetes and has no token
+    #[arg(long, env = "KEYSTONE_MESH_NETWORK", value_name = "KEY")]
+    pub network: Option<NodeId>,
     /// What a stop leaves: `keep` leaves the interface, so that a restart drops nothing; `remove` takes it away [default: keep]
     #[arg(long, env = "KEYSTONE_MESH_ON_STOP", value_enum, value_name = "WHAT")]
     pub on_stop: Option<OnStop>,
@@ -110,6 +123,18 @@ pub struct Options {
     /// Plain WireGuard peers (file only)
     #[arg(skip)]
     pub peer: Vec<StaticPeer>,
+}
+
+/// Where records are published and watched.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RegistryKind {
+    /// The control plane's own store: for networks without Kubernetes.
+    Embedded,
+    /// The control plane's gateway.
+    Gateway,
+    /// Annotations of Kubernetes' Nodes and Members.
+    Kubernetes,
 }
 
 /// What a stop leaves of the kernel's state.
@@ -175,6 +200,16 @@ pub struct Config {
     pub gateways: Vec<HostPort>,
     /// Whether this node serves as a relay.
     pub serve_relay: bool,
+    /// Where records are published and watched; none: as the node's part in the network says.
+    pub registry: Option<RegistryKind>,
+    /// Access to Kubernetes, where it is named.
+    pub kubeconfig: Option<PathBuf>,
+    /// The service account to use, in an agent's pod.
+    pub service_account: Option<ServiceAccount>,
+    /// The namespace of the mesh's objects, where it is named.
+    pub namespace: Option<String>,
+    /// The network key, where it is given beforehand.
+    pub network: Option<NodeId>,
     /// What a stop leaves.
     pub on_stop: OnStop,
     /// Where status is served.
@@ -209,6 +244,11 @@ impl Config {
         if interface.is_empty() || interface.len() > 15 || !interface.bytes().all(sane) {
             bail!("interface `{interface}`: a name has 1 to 15 characters, without spaces, `/`, `:` and `%`");
         }
+        if let Some(namespace) = &options.namespace
+            && (namespace.contains('.') || namespace.parse::<NodeName>().is_err())
+        {
+            bail!("namespace `{namespace}`: 1 to 63 characters a-z, 0-9 and `-`");
+        }
         let mtu = options.mtu.unwrap_or(DEFAULT_MTU);
         if !(1280..=65_503).contains(&mtu) {
             bail!("mtu {mtu}: IPv6 needs at least 1280, and WireGuard leaves at most 65503 of a datagram");
@@ -237,6 +277,11 @@ impl Config {
             relays: options.relays,
             gateways: options.gateways,
             serve_relay: options.serve_relay.unwrap_or(false),
+            registry: options.registry,
+            kubeconfig: options.kubeconfig,
+            service_account: None,
+            namespace: options.namespace,
+            network: options.network,
             on_stop: options.on_stop.unwrap_or_default(),
             status_listen: options.status_listen,
             metrics_peers: options.metrics_peers.unwrap_or(DEFAULT_METRICS_PEERS),
@@ -262,6 +307,10 @@ fn merge(over: Options, base: Options) -> Options {
         relays: list(over.relays, base.relays),
         gateways: list(over.gateways, base.gateways),
         serve_relay: over.serve_relay.or(base.serve_relay),
+        registry: over.registry.or(base.registry),
+        kubeconfig: over.kubeconfig.or(base.kubeconfig),
+        namespace: over.namespace.or(base.namespace),
+        network: over.network.or(base.network),
         on_stop: over.on_stop.or(base.on_stop),
         status_listen: list(over.status_listen, base.status_listen),
         metrics_peers: over.metrics_peers.or(base.metrics_peers),
@@ -336,6 +385,8 @@ mod tests {
             ("mtu = 1000", "1280"),
             ("interface = 'a-name-that-is-too-long'", "15 characters"),
             ("routes = ['10.42.0.1/24']", "10.42.0.0/24"),
+            ("registry = 'etcd'", "kubernetes"),
+            ("namespace = 'a.b'", "a-z"),
             ("shards = 0", "1 to 64"),
             ("listen_prot = 1", "listen_prot"),
             ("status_listen = 'everywhere'", "51842"),

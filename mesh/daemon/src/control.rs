@@ -16,6 +16,7 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, Buf
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::kube_api::access::Grant;
 use crate::status::Status;
 
 /// Longest request, in bytes.
@@ -57,6 +58,13 @@ pub enum Request {
         /// Which.
         name: NodeName,
     },
+    /// Take this access to Kubernetes, in place of the gateway, until it ends. Asked again at each renewal.
+    UseKubernetes {
+        /// The access; secret.
+        grant: Grant,
+    },
+    /// Back to the gateway.
+    WithdrawKubernetes,
     /// Leave the network, clean up and stop.
     Leave {
         /// Also where the control plane cannot be told.

@@ -24,12 +24,12 @@ use anyhow::{Context as _, bail};
 use keystone_mesh_core::mesh::{Hint, Mesh, Own};
 use keystone_mesh_core::node::NodeName;
 use keystone_mesh_core::token::Token;
-use keystone_mesh_core::{PublicKey, Secret, kernel as core_kernel};
+use keystone_mesh_core::{NodeId, PublicKey, Secret, kernel as core_kernel};
 use tokio::sync::{mpsc, oneshot};
 
 use self::driver::Driver;
 use self::uplink::Uplink;
-use crate::config::{Config, OnStop, Places};
+use crate::config::{Config, OnStop, Places, RegistryKind};
 use crate::control::{self, Answer};
 use crate::dataplane::{self, DataPlane, RelaySink};
 use crate::join::{refuse_other_network, relays_of};
@@ -96,6 +96,8 @@ struct Start {
     snapshot: Snapshot,
     token: Option<Token>,
     name: Option<NodeName>,
+    /// The network key that is given beforehand: by membership, token or configuration.
+    network: Option<NodeId>,
 }
 
 /// Runs the daemon until it is asked to stop, or leaves.
@@ -194,7 +196,22 @@ fn prepare(places: &Places, config: &Config, token: Option<Token>) -> anyhow::Re
     if let (Some(membership), Some(token)) = (&membership, &token) {
         refuse_other_network(membership, token)?;
     }
-    let alone = membership.is_none() && token.is_none();
+    if let (Some(membership), Some(given)) = (&membership, config.network)
+        && membership.network != given
+    {
+        bail!(
+            "this machine is in the network {}, and --network names {given}; run `keystone-mesh leave` first",
+            membership.network
+        );
+    }
+    let by_approval = config.registry == Some(RegistryKind::Kubernetes) && token.is_none();
+    if membership.is_none() && by_approval && config.network.is_none() {
+        bail!(
+            "this machine is in no network, and to join one by its approval in Kubernetes it has to know the network key: \
+             give it with --network KEY (`keystone-mesh status --json` on the control plane shows it)"
+        );
+    }
+    let alone = membership.is_none() && token.is_none() && !by_approval;
     if alone && config.plain_peers.is_empty() {
         bail!(
             "this machine is in no network: make one with `keystone-mesh init`, join one with `--token-file FILE`, or give \
@@ -221,7 +238,10 @@ fn prepare(places: &Places, config: &Config, token: Option<Token>) -> anyhow::Re
         None
     });
     let token = if membership.is_some() { None } else { token };
-    Ok(Start { state: Arc::new(state), secret, membership, snapshot: snapshot.unwrap_or_default(), token, name })
+    let given = config.network.filter(|_| by_approval);
+    let network = membership.as_ref().map(|m| m.network).or(token.as_ref().map(|token| token.network)).or(given);
+    let snapshot = snapshot.unwrap_or_default();
+    Ok(Start { state: Arc::new(state), secret, membership, snapshot, token, name, network })
 }
 
 /// One socket per shard, all on one port.

@@ -2,6 +2,7 @@
 //!
 //! Drivers only: they turn the world into inputs for `keystone-mesh-core` and its outputs into effects.
 
+pub mod agent;
 pub mod cli;
 pub mod clock;
 pub mod config;

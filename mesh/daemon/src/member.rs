@@ -11,6 +11,7 @@ use keystone_mesh_core::token::{SECRET_LEN, Token, TokenId, TokenSecret};
 
 use crate::clock::{unix_now, unix_now_ms};
 use crate::control::{Answer, Request};
+use crate::registry::backend::Backend;
 use crate::state::{Membership, StateDir};
 use crate::store::{Store, TokenTerms};
 
@@ -93,26 +94,36 @@ pub fn open_store(state_dir: &Path) -> anyhow::Result<Store> {
         bail!("this machine is not the control plane of its network; run this on that host");
     }
     let secret = state.secret()?.context("the secret is missing")?;
-    Ok(Store::open(&state.file(REGISTRY_FILE), secret.identity())?)
+    let store = Store::open(&state.file(REGISTRY_FILE), secret.identity())?;
+    if store.is_moved()? {
+        bail!("this network's registry is Kubernetes, which the daemon speaks to; start it with `keystone-mesh up`");
+    }
+    Ok(store)
 }
 
 /// Answers what the control plane is asked about tokens and nodes.
-pub fn answer_from_store(store: &Store, request: Request) -> Answer {
+pub async fn answer(backend: &dyn Backend, request: Request) -> Answer {
     let answer = match request {
         Request::TokenCreate { ttl, uses, names, routes } => {
-            create_token(store, TokenTerms { ttl, uses, names, routes })
+            create_token(backend, TokenTerms { ttl, uses, names, routes }).await
         }
-        Request::TokenList => store.tokens().map(|tokens| Answer::Tokens { tokens }).map_err(Into::into),
-        Request::TokenRevoke { id } => store.revoke_token(id).map(|()| Answer::Done).map_err(Into::into),
-        Request::Remove { name } => store.remove(&name, unix_now()).map(|()| Answer::Done).map_err(Into::into),
-        Request::Status | Request::Connect { .. } | Request::Leave { .. } => {
-            Err(anyhow::anyhow!("this needs the running daemon"))
+        Request::TokenList => {
+            backend.tokens().await.map(|tokens| Answer::Tokens { tokens }).map_err(anyhow::Error::msg)
         }
+        Request::TokenRevoke { id } => {
+            backend.revoke_token(id).await.map(|()| Answer::Done).map_err(anyhow::Error::msg)
+        }
+        Request::Remove { name } => backend.remove(&name).await.map(|()| Answer::Done).map_err(anyhow::Error::msg),
+        Request::Status
+        | Request::Connect { .. }
+        | Request::Leave { .. }
+        | Request::UseKubernetes { .. }
+        | Request::WithdrawKubernetes => Err(anyhow::anyhow!("this needs the running daemon")),
     };
     answer.unwrap_or_else(|error: anyhow::Error| Answer::Failed { message: format!("{error:#}") })
 }
 
-fn create_token(store: &Store, terms: TokenTerms) -> anyhow::Result<Answer> {
+async fn create_token(backend: &dyn Backend, terms: TokenTerms) -> anyhow::Result<Answer> {
     for route in &terms.routes {
         if route.trunc() != *route {
             bail!("--route {route} has host bits set; did you mean {}?", route.trunc());
@@ -122,7 +133,7 @@ fn create_token(store: &Store, terms: TokenTerms) -> anyhow::Result<Answer> {
     getrandom::fill(&mut id).context("no randomness")?;
     getrandom::fill(&mut secret).context("no randomness")?;
     let (id, secret) = (TokenId::from_bytes(id), TokenSecret::from_bytes(secret));
-    let network = store.network();
+    let network = backend.network();
     let rendezvous = network.get().rendezvous();
     if rendezvous.is_empty() {
         bail!(
@@ -131,7 +142,7 @@ fn create_token(store: &Store, terms: TokenTerms) -> anyhow::Result<Answer> {
              where this host is reachable from outside"
         );
     }
-    let record = store.create_token(id, &secret, terms, unix_now())?;
+    let record = backend.create_token(id, &secret, terms).await.map_err(anyhow::Error::msg)?;
     let token = Token { network: network.get().id, id, secret, rendezvous };
     Ok(Answer::Token { token: token.encode(), id, expires: record.expires })
 }

@@ -9,6 +9,7 @@
 pub mod backend;
 pub mod client;
 pub mod embedded;
+pub mod handover;
 pub mod kubernetes;
 pub mod server;
 
@@ -69,6 +70,17 @@ pub trait Registry: Send {
 
     /// Takes this node out of the network. Waits for the answer, a few seconds at most.
     fn leave(&mut self) -> Answer<'_, Result<(), String>>;
+
+    /// Its kind, for status: `embedded`, `gateway` or `kubernetes`.
+    fn kind(&self) -> &'static str;
+
+    /// Itself, where it takes access to Kubernetes that is handed to it.
+    fn handover(&mut self) -> Option<&mut handover::Handover> {
+        None
+    }
+
+    /// The host's network changed: what failed may work.
+    fn network_changed(&mut self) {}
 
     /// What is not as it should be, a sentence each.
     fn warnings(&self) -> Vec<String> {

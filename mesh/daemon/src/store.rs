@@ -18,14 +18,12 @@ use redb::{Database, ReadableDatabase as _, ReadableTable as _, TableDefinition}
 use tokio::sync::broadcast;
 
 use crate::lifeline::{Lifeline, Watch};
+use crate::registry::backend::{CHANGES, Change, Watched};
 
 const NODES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("nodes");
 const TOKENS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("tokens");
 const RELEASED: TableDefinition<'_, u32, u64> = TableDefinition::new("released");
 const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
-
-/// Changes that a slow reader may lag behind before it is told everything afresh.
-const CHANGES: usize = 1024;
 
 /// Why the store did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -70,17 +68,6 @@ pub enum StoreError {
     /// The control plane cannot remove itself.
     #[error("`{0}` is the control plane itself; it cannot be removed from its own network")]
     OwnNode(NodeName),
-}
-
-/// What changed.
-#[derive(Clone, Debug)]
-pub enum Change {
-    /// A node came or changed.
-    Node(Box<Entry>),
-    /// A node went.
-    Removed(NodeName),
-    /// The network's document changed.
-    Network(Box<SignedNetwork>),
 }
 
 /// What a token is made with.
@@ -161,10 +148,28 @@ impl Store {
         self.lifeline.watch()
     }
 
-    /// Everything, and the changes from then on, without a gap.
-    pub fn watch(&self) -> (SignedNetwork, Vec<Entry>, broadcast::Receiver<Change>) {
+    /// Everything, and the changes from then on, without a gap. There are no plain peers: those stand in configurations.
+    pub fn watch(&self) -> Watched {
         let memory = self.memory();
-        (memory.network.clone(), memory.entries.values().cloned().collect(), self.changes.subscribe())
+        Watched {
+            network: memory.network.clone(),
+            entries: memory.entries.values().cloned().collect(),
+            peers: Vec::new(),
+            changes: self.changes.subscribe(),
+        }
+    }
+
+    /// Whether what is in here was brought over to Kubernetes, which is the truth since then.
+    pub fn is_moved(&self) -> Result<bool, StoreError> {
+        self.with(|db| {
+            let table = db.begin_read().map_err(write_error)?.open_table(META).map_err(write_error)?;
+            Ok(table.get("moved").map_err(write_error)?.is_some())
+        })
+    }
+
+    /// Notes that all of it was brought over to Kubernetes.
+    pub fn set_moved(&self) -> Result<(), StoreError> {
+        self.write(|write| put(write, META, "moved", &true))
     }
 
     /// The network's document.
@@ -498,7 +503,7 @@ mod tests {
         let store = store(dir.path());
         store.enter_own(record(1, "home", 1), 0).unwrap();
         let (id, secret) = token(&store, Some(1));
-        let (_, _, mut changes) = store.watch();
+        let mut changes = store.watch().changes;
         let approval = store.join(identity(2).id(), record(2, "w", 1), id, &secret, 10).unwrap();
         assert_eq!(approval.get().addresses[0].to_string(), "10.98.0.2/32");
         assert!(matches!(changes.try_recv().unwrap(), Change::Node(_)));

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use keystone_mesh::control::{Answer, Request};
 use keystone_mesh::join::join;
 use keystone_mesh::member::{self, Founding, REGISTRY_FILE};
@@ -94,7 +95,7 @@ impl Network {
     }
 
     fn token(&self, request: Request) -> Token {
-        match member::answer_from_store(&self.store, request) {
+        match member::answer(&*self.store, request).now_or_never().unwrap() {
             Answer::Token { token, .. } => token.parse().unwrap(),
             Answer::Status(_) | Answer::Tokens { .. } | Answer::Done | Answer::Failed { .. } => panic!("no token"),
         }

@@ -31,18 +31,24 @@ mod api_server;
 mod assets;
 mod cgroup;
 mod etcd;
+mod fleet;
 mod image;
 mod metrics;
 mod node;
 mod pki;
+mod usage;
+mod watchers;
 
 pub use access::Access;
 pub use api_server::{ApiServer, Options, PORT};
 pub use assets::{Assets, NODE_TOOLS, can_test, can_test_cluster};
 pub use cgroup::sweep;
+pub use fleet::Fleet;
 pub use image::{BUSYBOX, Image};
 pub use metrics::{Metrics, Sample};
 pub use node::{ClusterNode, NodeOptions};
+pub use usage::Usage;
+pub use watchers::Watchers;
 
 use keystone_lab::sandbox;
 

@@ -2,9 +2,10 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{self, BufRead, BufReader, Write};
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -14,6 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use ipnet::IpNet;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use crate::host::Host;
 use crate::sandbox::SCRATCH;
@@ -127,6 +129,38 @@ impl Node {
         let made: Token =
             self.ask_json(&["token", "create", "--uses", &uses, "--ttl", "1h"], &[Dir::State, Dir::Run])?;
         Ok(made.token)
+    }
+
+    /// The manifest of the Secret that lets Kubernetes' controller sign for this control plane's network.
+    pub fn kubernetes_secret(&self) -> Result<String> {
+        self.ask(&["kubernetes", "secret"], &[Dir::State])
+    }
+
+    /// Whether the daemon knows a peer of this name. Asked at its control socket, without starting a program: for many
+    /// nodes, often. A peer that it knows it begins to connect to.
+    pub fn knows(&self, peer: &str) -> Result<bool> {
+        let request = serde_json::json!({ "ask": "connect", "name": peer });
+        let answered = || -> io::Result<String> {
+            let mut socket = UnixStream::connect(self.folder.join("run/control.sock"))?;
+            socket.set_read_timeout(Some(STOP_PATIENCE))?;
+            socket.write_all(format!("{request}\n").as_bytes())?;
+            let mut answer = String::new();
+            BufReader::new(socket).read_line(&mut answer)?;
+            Ok(answer)
+        };
+        let answer = answered().with_context(|| format!("ask the daemon of {}", self.name))?;
+        let answer: Value =
+            serde_json::from_str(&answer).with_context(|| format!("{} answers {answer:?}", self.name))?;
+        match answer["answer"].as_str() {
+            Some("done") => Ok(true),
+            Some("failed") => Ok(false),
+            _ => bail!("the daemon of {} answers {answer}", self.name),
+        }
+    }
+
+    /// Process id of the daemon, while it runs.
+    pub fn id(&self) -> Option<u32> {
+        self.daemon().as_ref().map(Process::id)
     }
 
     /// What the daemon says about itself.

@@ -43,9 +43,18 @@ struct Cli {
     /// joins: how many machines join in each half
     #[arg(long, visible_alias = "count", value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     joins: u32,
-    /// outage: how long home and relay are gone
+    /// outage: how long home and relay are gone; kubernetes-scale: how long nothing happens
     #[arg(long, value_name = "MINUTES", default_value_t = 10.0, value_parser = minutes)]
     minutes: f64,
+    /// kubernetes-scale: how many real daemons
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(2..=200))]
+    daemons: u32,
+    /// kubernetes-scale: how many simulated nodes besides
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=50_000))]
+    nodes: u32,
+    /// kubernetes-scale: how many watches besides those of the daemons
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    watches: u32,
     /// bench-peers: rounds, in each of which every program has its turn
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
@@ -81,7 +90,10 @@ fn run(cli: Cli) -> Result<ExitCode> {
         ethernet: cli.ethernet,
         mesh_bin: cli.mesh_bin,
         joins: cli.joins,
-        outage: Duration::from_secs_f64(cli.minutes * 60.0),
+        duration: Duration::from_secs_f64(cli.minutes * 60.0),
+        daemons: cli.daemons,
+        nodes: cli.nodes,
+        watches: cli.watches,
         rounds: cli.rounds,
         seconds: cli.seconds,
         idle: cli.idle,

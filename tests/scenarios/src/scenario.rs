@@ -8,6 +8,7 @@ mod joins;
 mod kubernetes;
 mod nats;
 mod outage;
+mod spread;
 mod stage;
 
 use std::path::PathBuf;
@@ -39,6 +40,8 @@ pub(crate) enum Scenario {
     Outage,
     /// A Kubernetes cluster with its control plane at home and workers behind NATs; needs root and `make test-assets`
     Kubernetes,
+    /// What many nodes cost: daemons, simulated nodes and watches on one API server; needs `make test-assets`
+    KubernetesScale,
     /// Throughput, CPU and memory of plain WireGuard peers side by side: ours, wireguard-go and boringtun-cli
     BenchPeers,
     /// The lab itself: each kind of NAT, and how a probe finds it; needs no keystone-mesh
@@ -48,7 +51,12 @@ pub(crate) enum Scenario {
 impl Scenario {
     const fn needs_mesh(self) -> bool {
         match self {
-            Self::HomeAndCloud | Self::Joins | Self::Outage | Self::Kubernetes | Self::BenchPeers => true,
+            Self::HomeAndCloud
+            | Self::Joins
+            | Self::Outage
+            | Self::Kubernetes
+            | Self::KubernetesScale
+            | Self::BenchPeers => true,
             Self::Nats => false,
         }
     }
@@ -58,11 +66,13 @@ impl Scenario {
         let further = match self {
             Self::BenchPeers => preflight::PEER_TOOLS,
             Self::Kubernetes => NODE_TOOLS,
-            Self::HomeAndCloud | Self::Joins | Self::Outage | Self::Nats => &[],
+            Self::HomeAndCloud | Self::Joins | Self::Outage | Self::KubernetesScale | Self::Nats => &[],
         };
         preflight::ensure(&[preflight::NETWORK_TOOLS, preflight::SCENARIO_TOOLS, further].concat())?;
-        if self == Self::Kubernetes {
-            Assets::find_for_cluster()?;
+        match self {
+            Self::Kubernetes => Assets::find_for_cluster().map(drop)?,
+            Self::KubernetesScale => Assets::find().map(drop)?,
+            Self::HomeAndCloud | Self::Joins | Self::Outage | Self::BenchPeers | Self::Nats => {}
         }
         Ok(())
     }
@@ -81,8 +91,14 @@ pub(crate) struct Options {
     pub(crate) mesh_bin: Option<PathBuf>,
     /// How many machines join in each half of [`Scenario::Joins`].
     pub(crate) joins: u32,
-    /// How long [`Scenario::Outage`] lasts.
-    pub(crate) outage: Duration,
+    /// How long [`Scenario::Outage`] lasts, and [`Scenario::KubernetesScale`] idles.
+    pub(crate) duration: Duration,
+    /// Real daemons of [`Scenario::KubernetesScale`].
+    pub(crate) daemons: u32,
+    /// Simulated nodes of [`Scenario::KubernetesScale`].
+    pub(crate) nodes: u32,
+    /// Watches of [`Scenario::KubernetesScale`], besides those of its daemons.
+    pub(crate) watches: u32,
     /// Rounds of [`Scenario::BenchPeers`].
     pub(crate) rounds: u32,
     /// Seconds for each direction in [`Scenario::BenchPeers`].
@@ -106,8 +122,9 @@ pub(crate) fn play(scenario: Scenario, options: &Options, place: Place) -> Resul
     let played = match scenario {
         Scenario::HomeAndCloud => home_and_cloud::play(&mut stage, &mut story),
         Scenario::Joins => joins::play(&mut stage, &mut story, options.joins),
-        Scenario::Outage => outage::play(&mut stage, &mut story, options.outage),
+        Scenario::Outage => outage::play(&mut stage, &mut story, options.duration),
         Scenario::Kubernetes => kubernetes::play(&mut stage, &mut story),
+        Scenario::KubernetesScale => kubernetes::scale::play(&mut stage, &mut story, options),
         Scenario::BenchPeers => bench_peers::play(&mut stage, &mut story, options),
         Scenario::Nats => nats::play(&mut stage, &mut story),
     };

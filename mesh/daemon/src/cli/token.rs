@@ -44,7 +44,7 @@ pub(super) async fn ask(places: &Places, request: Request) -> anyhow::Result<Ans
         return Ok(asked?);
     }
     let store = member::open_store(&places.state_dir).context("no daemon is running, and")?;
-    Ok(control::refusals_are_errors(member::answer_from_store(&store, request))?)
+    Ok(control::refusals_are_errors(member::answer(&store, request).await)?)
 }
 
 fn list(tokens: &[TokenRecord]) -> String {

@@ -22,13 +22,14 @@ use crate::config::Config;
 use crate::control::{Answer, Call, Request};
 use crate::dataplane::DataEvent;
 use crate::http::{HttpServer, listen, pages};
-use crate::join;
+use crate::kube_api::access::Grant;
 use crate::member;
 use crate::quic::relay_client::RelayState;
 use crate::registry::Event;
+use crate::registry::kubernetes::hub::Known;
 use crate::service::Service;
 use crate::signals::Stop;
-use crate::state::{LivePeer, Snapshot};
+use crate::state::{LivePeer, Membership, Snapshot};
 use crate::status::Counts;
 
 /// Between two samples of the counters while there is traffic, as the path machine asks for.
@@ -72,6 +73,7 @@ pub(super) struct Driver {
 
     // --- what was done ---
     last_seq: u64,
+    published: Option<NodeRecord>,
     timeout: Option<Instant>,
     saver: Option<Saver>,
     dirty: bool,
@@ -106,6 +108,7 @@ impl Driver {
             names,
             resolved,
             last_seq: 0,
+            published: None,
             timeout: None,
             saver,
             dirty: false,
@@ -125,9 +128,12 @@ impl Driver {
             self.mesh.handle_plain_peer(peer.name.clone(), peer.config.clone(), endpoint, now);
         }
         let Snapshot { network, entries, peers, .. } = std::mem::take(&mut self.start.snapshot);
-        let expected = self.start.membership.as_ref().map(|membership| membership.network);
         match network {
-            Some(network) if Some(network.get().id) == expected => self.everything(network, entries, peers, now),
+            Some(network) if Some(network.get().id) == self.start.network => {
+                if let Err(error) = self.everything(network, entries, peers, now) {
+                    tracing::error!(%error, "the snapshot is not used");
+                }
+            }
             Some(_) => tracing::warn!("the snapshot is another network's and is not used"),
             None => {}
         }
@@ -227,13 +233,16 @@ impl Driver {
     fn registry_event(&mut self, event: Event) -> anyhow::Result<()> {
         let now = Instant::now();
         match event {
-            Event::Joined(approval) => self.joined(&approval)?,
+            Event::Joined(approval) => self.approved(&approval)?,
             Event::Snapshot { network, entries, peers } => {
                 (self.registry_state, self.registry_since) = (RegistryState::Current, now);
                 self.registry_heard = true;
-                self.everything(network, entries, peers, now);
+                self.everything(network, entries, peers, now)?;
             }
-            Event::Changed(entry) => self.mesh.handle_entry(*entry, now),
+            Event::Changed(entry) => {
+                self.own_entry(&entry)?;
+                self.mesh.handle_entry(*entry, now);
+            }
             Event::Removed(name) => self.mesh.handle_removed(&name, now),
             Event::PeerChanged(peer) => self.mesh.handle_peer(*peer, now),
             Event::PeerRemoved(name) => self.mesh.handle_peer_removed(&name, now),
@@ -255,11 +264,23 @@ impl Driver {
         Ok(())
     }
 
-    fn joined(&mut self, approval: &SignedApproval) -> anyhow::Result<()> {
-        if let (Some(token), Some(name)) = (&self.start.token, &self.start.name) {
-            let membership = join::accepted(token, name.clone(), approval.clone())?;
+    /// What the network says of this node. The first word makes it a member.
+    fn approved(&mut self, approval: &SignedApproval) -> anyhow::Result<()> {
+        let (own, said) = (self.start.secret.identity().id(), approval.get());
+        let (Some(network), Some(name)) = (self.start.network, self.start.name.clone()) else { return Ok(()) };
+        if said.identity != own || said.name != name || said.is_revoked() {
+            return Ok(());
+        }
+        anyhow::ensure!(
+            said.network == network,
+            "the registry answered with an approval of another network; nothing was changed"
+        );
+        if self.start.membership.is_none() {
+            let rendezvous = self.start.token.as_ref().map(|token| token.rendezvous.clone()).unwrap_or_default();
+            let approval = Some(approval.clone());
+            let membership = Membership { network, name: name.clone(), control_plane: false, rendezvous, approval };
             self.start.state.set_membership(&membership)?;
-            let addresses = keystone_mesh_core::facts::join(&approval.get().addresses, " ");
+            let addresses = keystone_mesh_core::facts::join(&said.addresses, " ");
             tracing::info!(node = %name, network = %membership.network, addresses, "joined");
             self.start.membership = Some(membership);
         }
@@ -267,21 +288,40 @@ impl Driver {
         Ok(())
     }
 
-    fn everything(&mut self, network: SignedNetwork, entries: Vec<Entry>, peers: Vec<SignedPlainPeer>, now: Instant) {
+    /// This node as others see it.
+    fn own_entry(&mut self, entry: &Entry) -> anyhow::Result<()> {
+        let record = entry.record.get();
+        if record.identity != self.start.secret.identity().id() {
+            return Ok(());
+        }
+        if record.seq > self.last_seq {
+            self.last_seq = record.seq;
+            // A word of ours from before, or from a copy of this machine: the latest has to be this one's.
+            if let Some(said) = self.published.clone().filter(|said| !said.says_the_same_as(record)) {
+                self.publish(said);
+            }
+        }
+        entry.approval.as_ref().map_or(Ok(()), |approval| self.approved(approval))
+    }
+
+    fn everything(
+        &mut self,
+        network: SignedNetwork,
+        entries: Vec<Entry>,
+        peers: Vec<SignedPlainPeer>,
+        now: Instant,
+    ) -> anyhow::Result<()> {
         if !self.is_ours(&network) {
-            return;
+            return Ok(());
         }
         self.follow_network(&network);
         let own = self.start.secret.identity().id();
-        let mine = entries.iter().find(|entry| entry.record.get().identity == own);
-        if let Some(entry) = mine {
-            self.last_seq = self.last_seq.max(entry.record.get().seq);
-            if let Some(approval) = &entry.approval {
-                self.uplink.set_approval(approval);
-            }
+        if let Some(entry) = entries.iter().find(|entry| entry.record.get().identity == own) {
+            self.own_entry(entry)?;
         }
         self.mesh.handle_snapshot(network.get().clone(), entries, peers, now);
         self.signed_network = Some(network);
+        Ok(())
     }
 
     fn network(&mut self, network: SignedNetwork, now: Instant) {
@@ -294,8 +334,7 @@ impl Driver {
 
     /// Whatever a gateway says, only the pinned network's document counts.
     fn is_ours(&self, network: &SignedNetwork) -> bool {
-        let pinned = self.start.membership.as_ref().map(|m| m.network).or(self.start.token.as_ref().map(|t| t.network));
-        let ours = Some(network.get().id) == pinned;
+        let ours = Some(network.get().id) == self.start.network;
         if !ours {
             tracing::error!(network = %network.get().id, "a document of another network was offered and is not used");
         }
@@ -428,6 +467,7 @@ impl Driver {
     }
 
     fn publish(&mut self, record: NodeRecord) {
+        self.published = Some(record.clone());
         self.last_seq = unix_now_ms().max(self.last_seq + 1);
         let record = NodeRecord { seq: self.last_seq, ..record };
         if let Some(registry) = &mut self.uplink.registry {
@@ -470,13 +510,46 @@ impl Driver {
             request @ (Request::TokenCreate { .. }
             | Request::TokenList
             | Request::TokenRevoke { .. }
-            | Request::Remove { .. }) => match &self.uplink.store {
-                Some(store) => member::answer_from_store(store, request),
+            | Request::Remove { .. }) => match self.uplink.backend.clone() {
+                Some(backend) => {
+                    // Kubernetes may take a while; the mesh does not wait for it.
+                    tokio::spawn(async move { answer.send(member::answer(&*backend, request).await) });
+                    return None;
+                }
                 None => failed("this machine is not the control plane of its network; run this on that host".into()),
             },
+            Request::UseKubernetes { grant } => self.use_kubernetes(grant),
+            Request::WithdrawKubernetes => {
+                if let Some(handover) = self.uplink.handover() {
+                    handover.withdraw();
+                }
+                Answer::Done
+            }
         };
         let _ = answer.send(said);
         None
+    }
+
+    fn use_kubernetes(&mut self, grant: Grant) -> Answer {
+        if let Some(name) = self.start.name.as_ref().filter(|name| name.as_str() != grant.node) {
+            return failed(format!(
+                "this machine is `{name}` in the mesh and `{}` in Kubernetes; for its record to stand on its own Node both have to \
+                 be one: leave, and join again with --name {}",
+                grant.node, grant.node
+            ));
+        }
+        let Self { uplink, mesh, signed_network, .. } = self;
+        // A daemon with access of its own, as the control plane's, needs no other.
+        if let Some(handover) = uplink.handover() {
+            let (_, entries, peers) = mesh.known();
+            let network = signed_network.clone();
+            handover.grant(grant, || Known {
+                network,
+                entries: entries.cloned().collect(),
+                peers: peers.cloned().collect(),
+            });
+        }
+        Answer::Done
     }
 
     async fn leave(&mut self, force: bool) -> Result<(), String> {

@@ -23,6 +23,7 @@ pub(super) fn status(driver: &Driver, now: Instant) -> Status {
     let peers = driver.mesh.peers(now).into_iter();
     let peers = peers.map(|peer| describe_peer(driver, &peer, counted.get(&peer.key).copied(), now)).collect();
     let mut warnings = driver.keeper.warnings();
+    warnings.extend(driver.uplink.registry.iter().flat_map(|registry| registry.warnings()));
     warnings.extend(driver.mesh.unapproved_routes().map(|route| {
         format!(
             "the route to {route} is asked for and not approved; leave and join again with a token made with `token create \
@@ -149,7 +150,7 @@ fn registry(driver: &Driver, now: Instant) -> Registry {
         (false, None) => "none",
     };
     Registry {
-        kind: driver.uplink.kind.to_owned(),
+        kind: driver.uplink.kind().to_owned(),
         state: state.to_owned(),
         reason,
         since_s: now.saturating_duration_since(driver.registry_since).as_secs_f64(),

@@ -4,19 +4,21 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, bail};
 use keystone_mesh_core::NodeId;
 use keystone_mesh_core::gateway::{FromGateway, ToGateway, VERSION};
 use keystone_mesh_core::node::{NodeRecord, SignedApproval};
 use keystone_mesh_core::path::Nat;
 use keystone_mesh_core::relay::{AdmissionLimits, Rendezvous};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::Start;
 use crate::clock::unix_now_ms;
-use crate::config::Config;
+use crate::config::{Config, RegistryKind};
 use crate::dataplane::{DataPlane, PacketBatch, RelaySink};
+use crate::kube_api::access::Access;
+use crate::kube_api::watch::Pace;
 use crate::member::REGISTRY_FILE;
 use crate::quic::endpoint::{ConnectionHandler, EndpointLimits, QuicEndpoint};
 use crate::quic::gateway::{self, GatewayAcceptor, GatewayStream, StreamVia};
@@ -25,11 +27,17 @@ use crate::quic::relay_server::{Deliver, RelayServer, RelayServerConfig};
 use crate::quic::splice::AcceptSpliced;
 use crate::quic::{frames, tls::Protocol};
 use crate::registry::Registry;
+use crate::registry::backend::Backend;
 use crate::registry::client::{Dial, GatewayRegistry, Invitation, MAX_FRAME, Stream};
 use crate::registry::embedded::EmbeddedRegistry;
+use crate::registry::handover::{self, Handover};
+use crate::registry::kubernetes::KubernetesRegistry;
+use crate::registry::kubernetes::gateway::KubernetesBackend;
+use crate::registry::kubernetes::hub::{self, First, Hub, Known};
+use crate::registry::kubernetes::moving::move_all;
 use crate::registry::server::{Caller, Gateway};
 use crate::relay::{credential, verifier};
-use crate::state::{Membership, StateDir};
+use crate::state::{Membership, Snapshot, StateDir};
 use crate::store::Store;
 
 /// How long one round over all ways to the control plane may take.
@@ -65,8 +73,16 @@ struct Ways {
 
 /// Opens the registry of the control plane, with what the configuration says about the network; none elsewhere.
 pub(super) fn open_store(start: &Start, config: &Config) -> anyhow::Result<Option<Arc<Store>>> {
-    if !start.membership.as_ref().is_some_and(|membership| membership.control_plane) {
-        return Ok(None);
+    let control_plane = start.membership.as_ref().is_some_and(|membership| membership.control_plane);
+    match (control_plane, config.registry) {
+        (true, Some(RegistryKind::Gateway)) => {
+            bail!("registry = gateway: this host is the control plane and has the gateway; use embedded or kubernetes")
+        }
+        (false, Some(RegistryKind::Embedded)) => {
+            bail!("registry = embedded: only the control plane's host has that; use gateway or kubernetes")
+        }
+        (true, _) => {}
+        (false, _) => return Ok(None),
     }
     let store = Store::open(&start.state.file(REGISTRY_FILE), start.secret.identity())?;
     store.edit_network(|network| {
@@ -77,7 +93,43 @@ pub(super) fn open_store(start: &Start, config: &Config) -> anyhow::Result<Optio
             network.gateways.clone_from(&config.gateways);
         }
     })?;
+    if config.registry != Some(RegistryKind::Kubernetes) && store.is_moved()? {
+        bail!(
+            "this network's registry was moved to Kubernetes, which knows what happened since; start with --registry kubernetes"
+        );
+    }
     Ok(Some(Arc::new(store)))
+}
+
+/// The one hub of this daemon, where it has access to Kubernetes of its own.
+fn open_hub(start: &Start, config: &Config, store: Option<&Arc<Store>>, seed: u64) -> anyhow::Result<Option<Arc<Hub>>> {
+    let Some(network) = start.network.filter(|_| config.registry == Some(RegistryKind::Kubernetes)) else {
+        return Ok(None);
+    };
+    let access = match &config.service_account {
+        Some(account) => Access::service_account(account.clone(), config.namespace.as_deref())?,
+        None => Access::find(config.kubeconfig.as_deref(), config.namespace.as_deref())?,
+    };
+    let Snapshot { network: document, entries, peers, .. } = start.snapshot.clone();
+    let mut known = Known { network: document, entries, peers };
+    let mut first: Option<First> = None;
+    if let Some(store) = store {
+        known.network = Some(store.network());
+        if !store.is_moved()? {
+            known.entries = store.watch().entries;
+            let (store, access) = (store.clone(), access.clone());
+            first = Some(Box::new(move || {
+                let (store, access) = (store.clone(), access.clone());
+                Box::pin(async move { move_all(&store, &access).await })
+            }));
+        }
+    }
+    let founder = store.is_some();
+    let hub = Hub::start(hub::Start { access, network, known, founder, first, pace: Pace::default(), seed });
+    if let Some(store) = store {
+        hub.set_document(store.network());
+    }
+    Ok(Some(Arc::new(hub)))
 }
 
 /// Everything between this node and others that is not the data plane.
@@ -85,12 +137,8 @@ pub(super) struct Uplink {
     pub(super) endpoint: QuicEndpoint,
     pub(super) relays: Arc<RelayPool>,
     pub(super) registry: Option<Box<dyn Registry>>,
-    /// The registry's kind, for status.
-    pub(super) kind: &'static str,
-    /// On the control plane.
-    pub(super) store: Option<Arc<Store>>,
-    /// Ends the gateway session's pause.
-    pub(super) retry: Option<Arc<Notify>>,
+    /// On the control plane: what it knows and decides.
+    pub(super) backend: Option<Arc<dyn Backend>>,
     ways: Arc<Mutex<Ways>>,
     serving: Vec<JoinHandle<()>>,
 }
@@ -104,7 +152,15 @@ impl Uplink {
         plane: &Arc<DataPlane>,
     ) -> anyhow::Result<Self> {
         let identity = start.secret.identity();
-        let network = start.membership.as_ref().map(|m| m.network).or(start.token.as_ref().map(|token| token.network));
+        let network = start.network;
+        let seed = random_seed()?;
+        let hub = open_hub(start, config, store.as_ref(), seed)?;
+        let backend = store.as_ref().map(|store| -> Arc<dyn Backend> {
+            match &hub {
+                Some(hub) => Arc::new(KubernetesBackend::new(hub.clone(), store.network())),
+                None => store.clone(),
+            }
+        });
         let shown = start.membership.as_ref().and_then(|membership| membership.approval.as_ref()).map(credential);
         let known = start.snapshot.network.as_ref().map(|network| network.get().rendezvous()).unwrap_or_default();
         let first = start.membership.as_ref().map(|m| m.rendezvous.clone()).unwrap_or_default();
@@ -122,9 +178,9 @@ impl Uplink {
         let mut handlers: Vec<(Protocol, Arc<dyn ConnectionHandler>)> = Vec::new();
         let mut serving = Vec::new();
         let mut spliced: Option<Arc<dyn AcceptSpliced>> = None;
-        if let Some(store) = &store {
+        if let Some(backend) = &backend {
             let (acceptor, streams) = GatewayAcceptor::new(&identity, WAITING_STREAMS);
-            serving.push(tokio::spawn(serve_gateway(Arc::new(Gateway::new(store.clone())), streams)));
+            serving.push(tokio::spawn(serve_gateway(Arc::new(Gateway::new(backend.clone())), streams)));
             handlers.push((Protocol::Gateway, acceptor.clone()));
             spliced = Some(acceptor);
         }
@@ -150,23 +206,35 @@ impl Uplink {
             let endpoint = endpoint.clone();
             serving.push(tokio::spawn(async move { endpoint.serve(handlers).await }));
         }
-        let seed = random_seed()?;
         let pool = RelayPoolConfig { credential: shown, seed, receive: deliver, spliced, local };
         let relays = Arc::new(RelayPool::new(endpoint.clone(), pool));
 
-        let mut retry = None;
-        let (kind, registry): (_, Option<Box<dyn Registry>>) = match (&store, network) {
-            (Some(store), _) => ("embedded", Some(Box::new(EmbeddedRegistry::new(store.clone())))),
-            (None, Some(network)) => {
-                let invitation = start.token.as_ref().map(|t| Invitation { id: t.id, secret: t.secret.clone() });
+        let own = network.zip(start.name.clone());
+        let registry: Option<Box<dyn Registry>> = match (hub, store, own) {
+            (Some(hub), _, Some((_, name))) => Some(Box::new(KubernetesRegistry::new(hub, name, identity.id()))),
+            (None, Some(store), _) => Some(Box::new(EmbeddedRegistry::new(store))),
+            (None, None, Some((network, name))) => {
+                let mut invitation = start.token.as_ref().map(|t| Invitation { id: t.id, secret: t.secret.clone() });
                 let dial = dialler(endpoint.clone(), network, ways.clone());
-                let registry = GatewayRegistry::start(dial, invitation, seed);
-                retry = Some(registry.retry_handle());
-                ("gateway", Some(Box::new(registry)))
+                let open = move || -> Box<dyn Registry> {
+                    Box::new(GatewayRegistry::start(dial.clone(), invitation.take(), seed))
+                };
+                let own = handover::Own { network, name, identity: identity.id(), seed };
+                Some(Box::new(Handover::new(own, Box::new(open))))
             }
-            (None, None) => ("none", None),
+            (_, _, None) => None,
         };
-        Ok(Self { endpoint, relays, registry, kind, store, retry, ways, serving })
+        Ok(Self { endpoint, relays, registry, backend, ways, serving })
+    }
+
+    /// The registry's kind, for status.
+    pub(super) fn kind(&self) -> &'static str {
+        self.registry.as_ref().map_or("none", |registry| registry.kind())
+    }
+
+    /// The registry, where it takes access to Kubernetes.
+    pub(super) fn handover(&mut self) -> Option<&mut Handover> {
+        self.registry.as_mut()?.handover()
     }
 
     /// The node was let in: relays and the gateway are shown its approval from here on.
@@ -184,10 +252,10 @@ impl Uplink {
     }
 
     /// The host's network changed: what failed may work, what worked may not.
-    pub(super) fn network_changed(&self) {
+    pub(super) fn network_changed(&mut self) {
         self.relays.network_changed();
-        if let Some(retry) = &self.retry {
-            retry.notify_one();
+        if let Some(registry) = &mut self.registry {
+            registry.network_changed();
         }
     }
 

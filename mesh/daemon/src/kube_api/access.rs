@@ -74,6 +74,12 @@ pub struct Grant {
     pub node: String,
 }
 
+impl Grant {
+    fn credentials(&self) -> (&str, &str, &str) {
+        (&self.server, &self.ca, &self.token)
+    }
+}
+
 impl fmt::Debug for Grant {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Grant")
@@ -97,11 +103,18 @@ pub struct ServiceAccount {
 impl ServiceAccount {
     /// The one of the pod that this process runs in, if any.
     pub fn of_this_pod() -> Option<Self> {
-        let host = std::env::var("KUBERNETES_SERVICE_HOST").ok()?;
-        let port = std::env::var("KUBERNETES_SERVICE_PORT").ok()?;
-        let dir = PathBuf::from(SERVICE_ACCOUNT_DIR);
+        Self::in_directory(Path::new(SERVICE_ACCOUNT_DIR)).ok().filter(|account| account.dir.join("token").exists())
+    }
+
+    /// One whose files are in `dir`; the API server is named in the environment, as in every pod.
+    pub fn in_directory(dir: &Path) -> Result<Self, AccessError> {
+        let [host, port] = ["KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT"].map(|name| {
+            let why = format!("{name} is not set, which names the API server in every pod");
+            std::env::var(name).map_err(|_| AccessError::ServiceAccount { path: dir.to_owned(), why })
+        });
+        let (host, port) = (host?, port?);
         let host = if host.contains(':') { format!("[{host}]") } else { host };
-        dir.join("token").exists().then(|| Self { server: format!("https://{host}:{port}"), dir })
+        Ok(Self { server: format!("https://{host}:{port}"), dir: dir.to_owned() })
     }
 
     /// What it grants at this moment.
@@ -120,7 +133,10 @@ impl ServiceAccount {
 
 #[derive(Clone, Debug)]
 enum Source {
+    /// The file that is named.
     Kubeconfig(PathBuf),
+    /// The first kubeconfig that is there when a client is made: k3s writes its own only once it runs.
+    AnyKubeconfig,
     ServiceAccount(ServiceAccount),
     Granted(watch::Receiver<Grant>),
 }
@@ -148,14 +164,25 @@ impl Access {
         let source = match (kubeconfig, ServiceAccount::of_this_pod()) {
             (Some(path), _) => Source::Kubeconfig(path.to_owned()),
             (None, Some(account)) => Source::ServiceAccount(account),
-            (None, None) => Source::Kubeconfig(find_kubeconfig()?),
+            (None, None) => Source::AnyKubeconfig,
         };
         let namespace = match (namespace, &source) {
             (Some(namespace), _) => namespace.to_owned(),
             (None, Source::ServiceAccount(account)) => account.read("namespace")?.trim().to_owned(),
-            (None, Source::Kubeconfig(_) | Source::Granted(_)) => keystone_mesh_api::NAMESPACE.to_owned(),
+            (None, Source::Kubeconfig(_) | Source::AnyKubeconfig | Source::Granted(_)) => {
+                keystone_mesh_api::NAMESPACE.to_owned()
+            }
         };
         Ok(Self::new(source, namespace))
+    }
+
+    /// With a service account.
+    pub fn service_account(account: ServiceAccount, namespace: Option<&str>) -> Result<Self, AccessError> {
+        let namespace = match namespace {
+            Some(namespace) => namespace.to_owned(),
+            None => account.read("namespace")?.trim().to_owned(),
+        };
+        Ok(Self::new(Source::ServiceAccount(account), namespace))
     }
 
     /// With the credentials that were granted last.
@@ -177,10 +204,10 @@ impl Access {
     pub async fn client(&self) -> Result<Client, AccessError> {
         let granted = match &self.0.source {
             Source::Granted(grants) => Some(grants.borrow().clone()),
-            Source::Kubeconfig(_) | Source::ServiceAccount(_) => None,
+            Source::Kubeconfig(_) | Source::AnyKubeconfig | Source::ServiceAccount(_) => None,
         };
         if let Some((client, with)) = &*self.made()
-            && *with == granted
+            && with.as_ref().map(Grant::credentials) == granted.as_ref().map(Grant::credentials)
         {
             return Ok(client.clone());
         }
@@ -205,6 +232,7 @@ impl Access {
     async fn config(&self, granted: Option<&Grant>) -> Result<Config, AccessError> {
         match (&self.0.source, granted) {
             (Source::Kubeconfig(path), _) => from_kubeconfig(path).await,
+            (Source::AnyKubeconfig, _) => from_kubeconfig(&find_kubeconfig()?).await,
             (Source::ServiceAccount(account), _) => {
                 let grant = account.grant(String::new())?;
                 let token_file = Some(account.dir.join("token").to_string_lossy().into_owned());

@@ -102,6 +102,8 @@ pub enum Told {
     Resumed,
     /// The collection cannot be heard, for this reason; followed by `Listed` or `Resumed` once it can.
     Lost(String),
+    /// As `Lost`, because the credentials are not accepted, nor were fresh ones.
+    Unauthorized(String),
     /// There is no such collection. It is as if it were empty, and looked for again.
     Absent,
 }
@@ -263,13 +265,16 @@ impl<L: Copy> Watch<L> {
                 self.access.renew();
                 Some(backoff.handle_failure(now))
             }
-            End::Unauthorized(why) | End::Failed(why) => {
-                self.access.renew();
-                self.lost = true;
-                self.tell(Told::Lost(why)).await.ok()?;
-                Some(backoff.handle_failure(now))
-            }
+            End::Unauthorized(why) => self.lost(Told::Unauthorized(why), backoff).await,
+            End::Failed(why) => self.lost(Told::Lost(why), backoff).await,
         }
+    }
+
+    async fn lost(&mut self, told: Told, backoff: &mut Backoff) -> Option<Instant> {
+        self.access.renew();
+        self.lost = true;
+        self.tell(told).await.ok()?;
+        Some(backoff.handle_failure(Instant::now()))
     }
 
     fn heard(&mut self, event: WatchEvent<Lenient<Raw>>) -> Result<Option<Told>, End> {

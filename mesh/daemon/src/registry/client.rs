@@ -65,11 +65,6 @@ impl GatewayRegistry {
         let session = tokio::spawn(session.run(Backoff::new(seed)));
         Self { record, events, leave, retry_now, session }
     }
-
-    /// A handle that ends the pause before the next attempt: the network changed.
-    pub fn retry_handle(&self) -> Arc<Notify> {
-        self.retry_now.clone()
-    }
 }
 
 impl Drop for GatewayRegistry {
@@ -79,6 +74,10 @@ impl Drop for GatewayRegistry {
 }
 
 impl Registry for GatewayRegistry {
+    fn kind(&self) -> &'static str {
+        "gateway"
+    }
+
     fn publish(&mut self, record: SignedRecord) {
         self.record.send_replace(Some(record));
     }
@@ -103,6 +102,10 @@ impl Registry for GatewayRegistry {
             let late = || "the gateway did not answer in time".to_owned();
             tokio::time::timeout(LEAVE_PATIENCE, asked).await.unwrap_or_else(|_| Err(late()))
         })
+    }
+
+    fn network_changed(&mut self) {
+        self.retry_now.notify_one();
     }
 }
 

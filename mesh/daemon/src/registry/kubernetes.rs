@@ -4,8 +4,10 @@
 //! it. Kubernetes is a carrier: everything is verified where it is read, and its absence takes nothing away.
 
 pub mod desk;
+pub mod gateway;
 pub mod hub;
 pub mod members;
+pub mod moving;
 mod write;
 
 use std::sync::Arc;
@@ -52,7 +54,7 @@ impl KubernetesRegistry {
                     match heard {
                         Heard::Waiting => None,
                         Heard::Current => self.everything(),
-                        Heard::Lost(why) => Some(Event::Stale { why }),
+                        Heard::Lost(why) | Heard::Unauthorized(why) => Some(Event::Stale { why }),
                     }
                 }
                 change = self.changes.recv() => match change {
@@ -73,6 +75,10 @@ impl KubernetesRegistry {
 }
 
 impl Registry for KubernetesRegistry {
+    fn kind(&self) -> &'static str {
+        "kubernetes"
+    }
+
     fn publish(&mut self, record: SignedRecord) {
         self.hub.want(record);
     }

@@ -1,22 +1,20 @@
-//! The gateway: serves the store to nodes, and lets joiners in.
+//! The gateway: serves what the control plane knows to nodes, and lets joiners in.
 
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use keystone_mesh_core::NodeId;
-use keystone_mesh_core::admission::JoinRefusal;
 use keystone_mesh_core::gateway::{FromGateway, Refusal, ToGateway};
-use keystone_mesh_core::node::{NodeName, SignedRecord};
+use keystone_mesh_core::node::{NodeName, SignedApproval, SignedRecord};
 use keystone_mesh_core::throttle::Throttle;
 use keystone_mesh_core::token::{TokenId, TokenRefusal, TokenSecret};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Semaphore, broadcast, mpsc};
 
+use super::backend::{Backend, Change, Watched};
 use super::client::MAX_FRAME;
-use crate::clock::unix_now;
 use crate::quic::frames::{self, StreamError};
-use crate::store::{Change, Store, StoreError};
 
 /// How long a client may take to say what it wants, and to take an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -25,10 +23,9 @@ const MAX_QUESTION: usize = 64 << 10;
 /// Sessions at once: twice the largest mesh that is aimed at.
 const MAX_SESSIONS: usize = 10_000;
 
-/// The gateway of one store.
-#[derive(Debug)]
+/// The gateway of one network.
 pub struct Gateway {
-    store: Arc<Store>,
+    backend: Arc<dyn Backend>,
     throttle: Mutex<Throttle>,
     sessions: Semaphore,
 }
@@ -45,9 +42,9 @@ pub struct Caller {
 }
 
 impl Gateway {
-    /// A gateway on this store.
-    pub fn new(store: Arc<Store>) -> Self {
-        Self { store, throttle: Mutex::default(), sessions: Semaphore::new(MAX_SESSIONS) }
+    /// A gateway to what the backend knows.
+    pub fn new(backend: Arc<dyn Backend>) -> Self {
+        Self { backend, throttle: Mutex::default(), sessions: Semaphore::new(MAX_SESSIONS) }
     }
 
     /// Serves one session to its end. Errors end the session, and only that.
@@ -69,7 +66,7 @@ impl Gateway {
     ) -> Result<(), StreamError> {
         let (mut input, mut output) = tokio::io::split(stream);
         let first = frames::read_within::<ToGateway>(&mut input, MAX_QUESTION, PATIENCE).await?;
-        let name = match self.open(first, caller) {
+        let name = match self.open(first, caller).await {
             Ok((name, greeting)) => {
                 if let Some(greeting) = greeting {
                     say(&mut output, &greeting).await?;
@@ -101,17 +98,17 @@ impl Gateway {
     }
 
     /// The first message: who may have a session at all.
-    fn open(&self, first: ToGateway, caller: Caller) -> Result<(NodeName, Option<FromGateway>), Refusal> {
+    async fn open(&self, first: ToGateway, caller: Caller) -> Result<(NodeName, Option<FromGateway>), Refusal> {
         match first {
             ToGateway::Join { token, secret, record, .. } => {
                 let name = record.get().name.clone();
-                let approval = self.join(caller, record, token, &secret)?;
+                let approval = self.join(caller, record, token, &secret).await?;
                 tracing::info!(node = %name, from = %caller.address, "joined");
                 Ok((name, Some(FromGateway::Joined { approval })))
             }
             ToGateway::Attach { record, .. } => {
                 let name = record.get().name.clone();
-                self.store.publish(caller.id, record).map_err(|error| refusal(&error))?;
+                self.backend.publish(caller.id, record).await?;
                 Ok((name, None))
             }
             ToGateway::Publish { .. } | ToGateway::Leave => {
@@ -120,32 +117,32 @@ impl Gateway {
         }
     }
 
-    fn join(
+    async fn join(
         &self,
         caller: Caller,
         record: SignedRecord,
         token: TokenId,
         secret: &TokenSecret,
-    ) -> Result<keystone_mesh_core::node::SignedApproval, Refusal> {
+    ) -> Result<SignedApproval, Refusal> {
         let source = caller.address.ip();
-        let mut throttle = self.throttle.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(wait) = throttle.wait(source, Instant::now()) {
+        if let Some(wait) = self.throttle().wait(source, Instant::now()) {
             let seconds = wait.as_secs() + 1;
             let message = format!("too many failed joins from {source}; try again in {seconds} s");
             return Err(Refusal { code: "slow-down".into(), message });
         }
-        match self.store.join(caller.id, record, token, secret, unix_now()) {
-            Ok(approval) => {
-                throttle.handle_success(source);
-                Ok(approval)
+        let joined = self.backend.join(caller.id, record, token, secret).await;
+        match &joined {
+            Ok(_) => self.throttle().handle_success(source),
+            Err(refusal) if refusal.code == TokenRefusal::Unknown.code() => {
+                self.throttle().handle_failure(source, Instant::now());
             }
-            Err(error) => {
-                if matches!(error, StoreError::Join(JoinRefusal::Token(TokenRefusal::Unknown))) {
-                    throttle.handle_failure(source, Instant::now());
-                }
-                Err(refusal(&error))
-            }
+            Err(_) => {}
         }
+        joined
+    }
+
+    fn throttle(&self) -> MutexGuard<'_, Throttle> {
+        self.throttle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn attached(
@@ -161,9 +158,9 @@ impl Gateway {
                 message = messages.recv() => match message.unwrap_or(Err(StreamError::Closed))? {
                     ToGateway::Publish { record } => {
                         let seq = record.get().seq;
-                        match self.store.publish(caller.id, record) {
+                        match self.backend.publish(caller.id, record).await {
                             Ok(()) => say(output, &FromGateway::Published { seq }).await?,
-                            Err(error) => say(output, &FromGateway::Refused(refusal(&error))).await?,
+                            Err(refusal) => say(output, &FromGateway::Refused(refusal)).await?,
                         }
                     }
                     ToGateway::Leave => return self.leave(output, caller, name).await,
@@ -179,6 +176,8 @@ impl Gateway {
                         return say(output, &FromGateway::Refused(Refusal { code: "not-member".into(), message })).await;
                     }
                     Ok(Change::Removed(name)) => say(output, &FromGateway::Removed { name }).await?,
+                    Ok(Change::Peer(peer)) => say(output, &FromGateway::PeerChanged { peer: *peer }).await?,
+                    Ok(Change::PeerRemoved(name)) => say(output, &FromGateway::PeerRemoved { name }).await?,
                     Ok(Change::Network(network)) => say(output, &FromGateway::Network { network: *network }).await?,
                     Err(broadcast::error::RecvError::Lagged(_)) => changes = self.everything(output).await?,
                     Err(broadcast::error::RecvError::Closed) => return Ok(()),
@@ -191,8 +190,8 @@ impl Gateway {
         &self,
         output: &mut (impl AsyncWrite + Unpin),
     ) -> Result<broadcast::Receiver<Change>, StreamError> {
-        let (network, entries, changes) = self.store.watch();
-        say(output, &FromGateway::Snapshot { network, entries, peers: Vec::new() }).await?;
+        let Watched { network, entries, peers, changes } = self.backend.watch();
+        say(output, &FromGateway::Snapshot { network, entries, peers }).await?;
         Ok(changes)
     }
 
@@ -202,12 +201,9 @@ impl Gateway {
         caller: Caller,
         name: &NodeName,
     ) -> Result<(), StreamError> {
-        // The session is bound to this name only by the caller's word until here: check whose entry it is.
-        let own = self.store.entry(name).is_some_and(|entry| entry.record.get().identity == caller.id);
-        let answer = if own { self.store.remove(name, unix_now()) } else { Ok(()) };
-        match answer {
+        match self.backend.leave(caller.id, name).await {
             Ok(()) => say(output, &FromGateway::Left).await,
-            Err(error) => say(output, &FromGateway::Refused(refusal(&error))).await,
+            Err(refusal) => say(output, &FromGateway::Refused(refusal)).await,
         }
     }
 }
@@ -215,23 +211,4 @@ impl Gateway {
 async fn say(output: &mut (impl AsyncWrite + Unpin), message: &FromGateway) -> Result<(), StreamError> {
     let written = tokio::time::timeout(PATIENCE, frames::write(output, message, MAX_FRAME)).await;
     written.map_err(|_| StreamError::TimedOut(PATIENCE))?
-}
-
-fn refusal(error: &StoreError) -> Refusal {
-    let code = match error {
-        StoreError::Join(refusal) => refusal.code(),
-        StoreError::Publish(refusal) => refusal.code(),
-        StoreError::NoSuchNode(_) => "not-member",
-        StoreError::OwnNode(_) => "control-plane",
-        StoreError::Open { .. }
-        | StoreError::Empty
-        | StoreError::Damaged { .. }
-        | StoreError::Write(_)
-        | StoreError::Network(_)
-        | StoreError::NoSuchToken(_) => {
-            tracing::error!(%error, "the registry cannot answer");
-            "registry-unavailable"
-        }
-    };
-    Refusal { code: code.into(), message: error.to_string() }
 }

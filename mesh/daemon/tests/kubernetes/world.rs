@@ -139,7 +139,7 @@ pub(crate) fn hub(access: Access, pace: Pace) -> std::sync::Arc<Hub> {
 }
 
 pub(crate) fn hub_with(access: Access, pace: Pace, known: Known, founder: bool) -> std::sync::Arc<Hub> {
-    Hub::start(Start { access, network: network_key().id(), known, founder, pace, seed: 7 }).into()
+    Hub::start(Start { access, network: network_key().id(), known, founder, first: None, pace, seed: 7 }).into()
 }
 
 /// The part of machine `byte`.

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
-use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::join::Join;
+use super::spread::Spread;
 use super::stage::{ControlPlane, Stage};
 use crate::story::{Story, millis};
 use keystone_lab::mesh::Route;
@@ -48,9 +48,9 @@ pub(super) fn play(stage: &mut Stage, story: &mut Story, count: u32) -> Result<V
     for (nat, hoped_for, joins) in &halves {
         let replies = Spread::of(joins.iter().map(|join| join.first_reply_ms));
         let directs = Spread::of(joins.iter().filter_map(|join| Some(join.direct_ms? - join.first_reply_ms)));
-        rows.push(replies.row(*nat, "first reply from home"));
+        rows.push(row(replies, *nat, "first reply from home"));
         if *hoped_for == Route::Direct {
-            rows.push(directs.row(*nat, "then direct after"));
+            rows.push(row(directs, *nat, "then direct after"));
         }
         results
             .insert(nat.to_string(), json!({ "first_reply_ms": replies, "then_direct_ms": directs, "joins": joins }));
@@ -114,40 +114,7 @@ fn claim(story: &mut Story, nat: Nat, hoped_for: Route, joins: &[Join]) {
     }
 }
 
-/// How a number of measurements lie, in milliseconds; zero where there is none.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
-struct Spread {
-    n: usize,
-    p50: f64,
-    p99: f64,
-    max: f64,
-}
-
-impl Spread {
-    fn of(values: impl Iterator<Item = f64>) -> Self {
-        let mut values: Vec<f64> = values.collect();
-        values.sort_by(f64::total_cmp);
-        // Nearest rank: the smallest value that so many of a hundred do not exceed.
-        let rank = |percent: usize| (values.len() * percent).div_ceil(100).saturating_sub(1);
-        let at = |index: usize| values.get(index).copied().unwrap_or_default();
-        Self { n: values.len(), p50: at(rank(50)), p99: at(rank(99)), max: values.last().copied().unwrap_or_default() }
-    }
-
-    fn row(self, nat: Nat, measure: &str) -> Vec<String> {
-        let numbers = [self.p50, self.p99, self.max].map(|value| format!("{value:.0} ms"));
-        [nat.to_string(), measure.to_owned(), self.n.to_string()].into_iter().chain(numbers).collect()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn percentiles_are_values_that_were_measured() {
-        let spread = Spread::of((1..=50).map(f64::from));
-        assert_eq!((spread.n, spread.p50, spread.p99, spread.max), (50, 25.0, 50.0, 50.0));
-        assert_eq!(Spread::of([7.0].into_iter()).p50, 7.0);
-        assert_eq!(Spread::of(std::iter::empty()).n, 0);
-    }
+fn row(spread: Spread, nat: Nat, measure: &str) -> Vec<String> {
+    let numbers = [spread.p50, spread.p99, spread.max].map(|value| format!("{value:.0} ms"));
+    [nat.to_string(), measure.to_owned(), spread.n.to_string()].into_iter().chain(numbers).collect()
 }

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::story::{Story, millis};
-use keystone_lab::mesh::{Node, Program};
+use keystone_lab::mesh::{Node, Program, Status};
 use keystone_lab::{Host, Router, RouterSpec, Wire, World};
 
 /// How long a daemon may take until it is ready.
-const START_PATIENCE: Duration = Duration::from_secs(10);
+const START_PATIENCE: Duration = Duration::from_secs(20);
 
 /// The world and everybody in it.
 pub(super) struct Stage {
@@ -26,8 +26,10 @@ pub(super) struct ControlPlane {
     pub(super) home: Arc<Node>,
     pub(super) relay: Arc<Node>,
     pub(super) home_v4: Ipv4Addr,
-    network: String,
-    relay_address: String,
+    pub(super) network: String,
+    pub(super) relay_address: String,
+    /// With which the home's daemon is started, besides the relay's address.
+    arguments: Vec<String>,
 }
 
 impl Stage {
@@ -91,6 +93,12 @@ impl Stage {
         Ok(Founders { home: self.install(&home, "home")?, relay: self.install(&relay, "relay")? })
     }
 
+    /// As [`Self::founders`], with home in public too.
+    pub(super) fn public_founders(&mut self) -> Result<Founders> {
+        let (home, relay) = (self.public_host("home")?, self.public_host("relay")?);
+        Ok(Founders { home: self.install(&home, "home")?, relay: self.install(&relay, "relay")? })
+    }
+
     /// A table of all hosts and what stands before them.
     pub(super) fn describe(&self) -> Vec<Vec<String>> {
         let head = ["host", "address", "behind", "which is", "seen as"].map(str::to_owned).to_vec();
@@ -113,29 +121,45 @@ pub(super) struct Founders {
 impl Founders {
     /// Makes a network and starts its control plane and its relay.
     pub(super) fn found(self, story: &Story) -> Result<ControlPlane> {
+        let mut plane = self.init(story)?;
+        plane.begin(story, &[])?;
+        Ok(plane)
+    }
+
+    /// Makes a network; nothing runs yet.
+    pub(super) fn init(self, story: &Story) -> Result<ControlPlane> {
         let Self { home, relay } = self;
         let network = home.init()?;
         let relay_address = relay.relay_address(&network)?;
         story.step(&format!("home makes the network {}", shortened(&network)));
-        let mut plane = ControlPlane { home, relay, home_v4: Ipv4Addr::UNSPECIFIED, network, relay_address };
-        let start = Instant::now();
-        plane.start()?;
-        plane.home_v4 = plane.home.mesh_v4()?;
-        story.step(&format!(
-            "home is {} in the mesh and connected to the relay {} after its start",
-            plane.home_v4,
-            millis(start.elapsed())
-        ));
-        Ok(plane)
+        let home_v4 = Ipv4Addr::UNSPECIFIED;
+        Ok(ControlPlane { home, relay, home_v4, network, relay_address, arguments: Vec::new() })
     }
 }
 
 impl ControlPlane {
-    /// Starts relay and home, and waits until home is connected to its relay.
+    /// Starts relay and home for the first time, home with these arguments besides.
+    pub(super) fn begin(&mut self, story: &Story, arguments: &[&str]) -> Result<()> {
+        self.arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        let start = Instant::now();
+        self.start()?;
+        self.home_v4 = self.home.mesh_v4()?;
+        story.step(&format!(
+            "home is {} in the mesh and connected to the relay {} after its start",
+            self.home_v4,
+            millis(start.elapsed())
+        ));
+        Ok(())
+    }
+
+    /// Starts relay and home, and waits until home is connected to its relay and has its address.
     pub(super) fn start(&self) -> Result<()> {
         self.relay.start_relay(&self.network)?;
-        self.home.up(&["--relay", &self.relay_address])?;
-        self.home.wait_until("connected to its relay", START_PATIENCE, |status| status.has_relay())?;
+        let mut arguments = vec!["--relay", &self.relay_address];
+        arguments.extend(self.arguments.iter().map(String::as_str));
+        self.home.up(&arguments)?;
+        let ready = |status: &Status| status.has_relay() && !status.node.addresses.is_empty();
+        self.home.wait_until("connected to its relay", START_PATIENCE, ready)?;
         Ok(())
     }
 

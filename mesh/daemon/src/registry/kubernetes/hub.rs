@@ -11,16 +11,18 @@
 //! Losing a watch tears nothing down: the view stays, says that it is stale, and is told whole again afterwards.
 
 use std::collections::BTreeMap;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use k8s_openapi::api::core::v1::{ConfigMap, Node};
 use keystone_mesh_api::{Member, NETWORK_CONFIG_MAP, Peer};
-use keystone_mesh_core::NodeId;
+use keystone_mesh_core::backoff::Backoff;
 use keystone_mesh_core::directory::{self, Carrier, Directory};
 use keystone_mesh_core::network::SignedNetwork;
 use keystone_mesh_core::node::{Entry, NodeName, SignedRecord};
 use keystone_mesh_core::plain_peer::SignedPlainPeer;
+use keystone_mesh_core::{NodeId, annotations};
 use kube::Resource as _;
 use tokio::sync::{Notify, broadcast, mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
@@ -36,8 +38,10 @@ const TOLD: usize = 256;
 /// Writes under way at once.
 const WRITES: usize = 16;
 
+/// What has to be done before anything is watched; an error is told and it is tried again.
+pub type First = Box<dyn Fn() -> Pin<Box<dyn Future<Output = Result<(), String>> + Send>> + Send>;
+
 /// What a hub is started with.
-#[derive(Debug)]
 pub struct Start {
     /// How the API server is reached.
     pub access: Access,
@@ -47,6 +51,8 @@ pub struct Start {
     pub known: Known,
     /// Whether this host has the network key: then the network's document is written, not read.
     pub founder: bool,
+    /// What has to be done first. Until then all that is known of old stays so.
+    pub first: Option<First>,
     /// How patient watches are.
     pub pace: Pace,
     /// Different daemons take different seeds.
@@ -73,6 +79,8 @@ pub enum Heard {
     Current,
     /// Not all of it, for this reason.
     Lost(String),
+    /// Not all of it, because the credentials are not accepted.
+    Unauthorized(String),
 }
 
 /// Which collection.
@@ -145,7 +153,7 @@ pub struct Hub {
 impl Hub {
     /// Starts to watch. Everything that is known of old is in the view from the beginning.
     pub fn start(start: Start) -> Self {
-        let Start { access, network: id, known, founder, pace, seed } = start;
+        let Start { access, network: id, known, founder, first, pace, seed } = start;
         let network = known.network.filter(|network| network.get().id == id);
         let directory = Directory::new(id, known.entries, known.peers);
         let view = View {
@@ -158,13 +166,6 @@ impl Hub {
         let (changes, _) = broadcast::channel(CHANGES);
         let (tell_heard, heard) = watch::channel(Heard::Waiting);
         let (orders, ordered) = (Arc::new(Mutex::new(Orders::default())), Arc::new(Notify::new()));
-        let (tell, told) = mpsc::channel(TOLD);
-        let mut watches = JoinSet::new();
-        for (number, kind) in (0..).zip(KINDS) {
-            let collection = kind.collection(access.namespace());
-            let seed = seed.wrapping_add(number);
-            watches.spawn(collection::run(access.clone(), collection, pace.clone(), seed, kind, tell.clone()));
-        }
         let work = Work {
             access: access.clone(),
             id,
@@ -179,7 +180,7 @@ impl Hub {
             orders: orders.clone(),
             writes: JoinSet::new(),
         };
-        let task = tokio::spawn(work.run(told, ordered.clone(), watches));
+        let task = tokio::spawn(work.start(first, pace, seed, ordered.clone()));
         Self { access, id, view, changes, heard, orders, ordered, task }
     }
 
@@ -302,7 +303,27 @@ struct Work {
 }
 
 impl Work {
-    async fn run(mut self, mut told: mpsc::Receiver<(Kind, Told)>, ordered: Arc<Notify>, _watches: JoinSet<()>) {
+    async fn start(mut self, first: Option<First>, pace: Pace, seed: u64, ordered: Arc<Notify>) {
+        if let Some(first) = first {
+            let mut backoff = Backoff::new(seed);
+            while let Err(why) = first().await {
+                self.access.renew();
+                let lost = Heard::Lost(format!("the registry is not moved to Kubernetes yet: {why}"));
+                self.tell_heard.send_if_modified(|known| std::mem::replace(known, lost.clone()) != lost);
+                tokio::time::sleep_until(backoff.handle_failure(Instant::now()).into()).await;
+            }
+        }
+        let (tell, told) = mpsc::channel(TOLD);
+        let mut watches = JoinSet::new();
+        for (number, kind) in (0..).zip(KINDS) {
+            let collection = kind.collection(self.access.namespace());
+            let seed = seed.wrapping_add(number);
+            watches.spawn(collection::run(self.access.clone(), collection, pace.clone(), seed, kind, tell.clone()));
+        }
+        self.run(told, &ordered).await;
+    }
+
+    async fn run(&mut self, mut told: mpsc::Receiver<(Kind, Told)>, ordered: &Notify) {
         loop {
             let next = self.begin_writes();
             let pause = async {
@@ -325,6 +346,7 @@ impl Work {
     fn told(&mut self, kind: Kind, told: Told) {
         let heard = match told {
             Told::Lost(why) => Heard::Lost(format!("{}: {why}", kind.label())),
+            Told::Unauthorized(why) => Heard::Unauthorized(format!("{}: {why}", kind.label())),
             Told::Absent => {
                 self.listed(kind, &[]);
                 Heard::Current
@@ -350,7 +372,7 @@ impl Work {
 
     /// Lost is what any is; waiting what any is; the network's document has to be known in any case.
     fn tell_heard(&mut self) {
-        let lost = self.heard.values().find(|heard| matches!(heard, Heard::Lost(_)));
+        let lost = self.heard.values().find(|heard| matches!(heard, Heard::Lost(_) | Heard::Unauthorized(_)));
         let waiting = self.heard.values().any(|heard| *heard == Heard::Waiting);
         let unknown = self.view().network.is_none();
         let heard = match lost {
@@ -493,7 +515,10 @@ impl Work {
         let orders = std::mem::take(&mut *self.orders.lock().unwrap_or_else(PoisonError::into_inner));
         for (name, record) in orders.records {
             match record {
-                Some(record) => self.desk.want(record),
+                Some(record) => {
+                    self.mirror(&name, &record);
+                    self.desk.want(record);
+                }
                 None => self.desk.forget(&name),
             }
         }
@@ -502,6 +527,15 @@ impl Work {
             self.document.mender.handle_wanted();
             self.set_network(network);
         }
+    }
+
+    /// A record is its node's word whoever carries it: readers hear it at once, whether or not the API server answers.
+    fn mirror(&mut self, name: &NodeName, record: &SignedRecord) {
+        let known = [Carrier::Node, Carrier::Member].into_iter().find(|carrier| self.desk.is_there(*carrier, name));
+        let Some(carrier) = known else { return };
+        let object = directory::Object { name: name.to_string(), annotations: annotations::of_record(record) };
+        let changes = self.directory.handle_object(carrier, &object);
+        self.take(changes);
     }
 
     /// Starts what is due, and says when something is next.

@@ -62,7 +62,7 @@ async fn delete(access: &Access, name: &NodeName, identity: Option<NodeId>) -> R
     }
 }
 
-async fn within<T>(work: impl Future<Output = Result<T, String>>) -> Result<T, String> {
+pub(super) async fn within<T>(work: impl Future<Output = Result<T, String>>) -> Result<T, String> {
     let late = || Err(format!("the API server did not answer within {} s", PATIENCE.as_secs()));
     tokio::time::timeout(PATIENCE, work).await.unwrap_or_else(|_| late())
 }

@@ -1,0 +1,114 @@
+//! The mesh's control plane in Kubernetes: an API server at home, our controller, and home's daemon that coordinates
+//! through both.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::core::v1::Node as KubernetesNode;
+use keystone_kubelab::{ApiServer, Options};
+use keystone_lab::{Process, wait};
+use keystone_mesh_api::{LEDGER_LABEL, NAMESPACE, NETWORK_KEY_FIELD, NETWORK_KEY_SECRET};
+use kube::api::{Api, DeleteParams, ObjectMeta, PostParams};
+use serde_json::Value;
+
+use crate::scenario::stage::{ControlPlane, Founders};
+use crate::story::{Story, millis};
+
+/// The first address of a network is its control plane's.
+pub(in crate::scenario) const HOME: Ipv4Addr = Ipv4Addr::new(10, 98, 0, 1);
+
+/// How long anything of Kubernetes is waited for before it counts as failed.
+pub(in crate::scenario) const PATIENCE: Duration = Duration::from_secs(120);
+
+/// How often it is asked: each time is a program that starts.
+pub(in crate::scenario) const POLL: Duration = Duration::from_millis(100);
+
+/// Everything at home.
+pub(in crate::scenario) struct Plane {
+    pub(in crate::scenario) mesh: ControlPlane,
+    pub(in crate::scenario) server: ApiServer,
+    pub(in crate::scenario) controller: Process,
+}
+
+impl Plane {
+    /// Starts all of it; the controller with these arguments besides.
+    pub(in crate::scenario) fn start(founders: Founders, story: &Story, arguments: &[&str]) -> Result<Self> {
+        let mut mesh = founders.init(story)?;
+        let host = mesh.home.host().clone();
+        let start = Instant::now();
+        let advertise = Some(IpAddr::V4(HOME));
+        let server = ApiServer::start(Options { host: Some(host.clone()), advertise, ..Options::default() })?;
+        story.step(&format!("the API server is ready {} after its start", millis(start.elapsed())));
+
+        let folder = host.folder()?;
+        let kubeconfig = folder.join("admin.kubeconfig");
+        server.admin().write_kubeconfig(&kubeconfig)?;
+        let definitions = host.run(Command::new(controller_program()?).arg("crds"))?;
+        server.apply(&definitions)?;
+        server.kubectl(&["wait", "--for=condition=Established", "--timeout=60s", "crd", "--all"])?;
+        server.apply(&mesh.home.kubernetes_secret()?)?;
+        let key = format!("go-template={{{{index .data \"{NETWORK_KEY_FIELD}\" | base64decode}}}}");
+        let key = server.kubectl(&["--namespace", NAMESPACE, "get", "secret", NETWORK_KEY_SECRET, "--output", &key])?;
+        let key_file = folder.join("network.key");
+        std::fs::write(&key_file, key).context("write the network key")?;
+
+        let mut command = Command::new(controller_program()?);
+        command.arg("--kubeconfig").arg(&kubeconfig).arg("--network-key-file").arg(&key_file);
+        command.args(["--namespace", NAMESPACE, "--name", "home"]).args(arguments);
+        let controller = host.spawn("keystone-controller", &mut command)?;
+        let kubeconfig = kubeconfig.to_str().context("the scratch folder is UTF-8")?;
+        mesh.begin(story, &["--registry", "kubernetes", "--kubeconfig", kubeconfig, "--status-listen", "51842"])?;
+        ensure!(mesh.home_v4 == HOME, "home has {} and not the first address of the mesh", mesh.home_v4);
+        Ok(Self { mesh, server, controller })
+    }
+
+    /// Makes a Node, as a kubelet does that has just registered.
+    pub(in crate::scenario) fn create_node(&self, name: &str) -> Result<()> {
+        let node = KubernetesNode {
+            metadata: ObjectMeta { name: Some(name.to_owned()), ..ObjectMeta::default() },
+            ..KubernetesNode::default()
+        };
+        self.server.with_client(self.server.admin(), async |client| {
+            Api::all(client).create(&PostParams::default(), &node).await.context("create a Node").map(drop)
+        })
+    }
+
+    /// Deletes a Node; it is gone when this returns.
+    pub(in crate::scenario) fn delete_node(&self, name: &str) -> Result<()> {
+        self.server.with_client(self.server.admin(), async |client| {
+            let nodes = Api::<KubernetesNode>::all(client);
+            nodes.delete(name, &DeleteParams::default()).await.context("delete a Node").map(drop)
+        })
+    }
+
+    /// The objects of a kind, as `kubectl get --output json` gives them.
+    pub(in crate::scenario) fn objects(&self, arguments: &[&str]) -> Result<Vec<Value>> {
+        let text = self.server.kubectl(&[&["get", "--output", "json"], arguments].concat())?;
+        let list: Value = serde_json::from_str(&text).context("kubectl writes JSON")?;
+        Ok(list["items"].as_array().cloned().unwrap_or_default())
+    }
+
+    /// What the ledger says of the node of this name: a claim each, as text.
+    pub(in crate::scenario) fn claims(&self, node: &str) -> Result<Vec<String>> {
+        let pages = self.objects(&["configmaps", "--namespace", NAMESPACE, "--selector", LEDGER_LABEL])?;
+        let lines = pages.iter().filter_map(|page| page["data"].as_object()).flatten();
+        let claims = lines.filter_map(|(_number, claim)| claim.as_str());
+        Ok(claims.filter(|claim| claim.split(' ').nth(1) == Some(node)).map(str::to_owned).collect())
+    }
+
+    /// Waits until the ledger says that the node's address was given back, and is kept from others for a while.
+    pub(in crate::scenario) fn wait_quarantined(&self, node: &str) -> Result<String> {
+        wait::until(&format!("the address of {node} is quarantined"), PATIENCE, POLL, || {
+            Ok(self.claims(node)?.into_iter().find(|claim| claim.contains(" released ")))
+        })
+    }
+}
+
+fn controller_program() -> Result<PathBuf> {
+    let path = std::env::current_exe().context("find the path of this program")?.with_file_name("keystone-controller");
+    ensure!(path.is_file(), "there is no program {}: build it (-p keystone-controller)", path.display());
+    Ok(path)
+}

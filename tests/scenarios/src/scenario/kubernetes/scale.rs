@@ -1,0 +1,266 @@
+//! `kubernetes-scale`: what many nodes cost. Real daemons, simulated nodes and watches all meet at one real API server; what
+//! is asked is how much is written while nothing happens, how soon a change is everywhere, and how much memory it takes.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use k8s_openapi::api::core::v1::Node as KubernetesNode;
+use keystone_kubelab::{Fleet, Usage, Watchers};
+use keystone_lab::mesh::Node;
+use keystone_lab::{Process, wait};
+use keystone_mesh_core::NodeId;
+use kube::api::{Api, ListParams};
+use serde_json::{Value, json};
+
+use super::plane::{POLL, Plane};
+use super::{GONE_GOAL, TOLERANCE, until_gone};
+use crate::scenario::Options;
+use crate::scenario::join::in_millis;
+use crate::scenario::spread::Spread;
+use crate::scenario::stage::Stage;
+use crate::story::{Story, millis};
+
+/// Goals of the full size, and limits that are asserted.
+const CONTROLLER_MEMORY: u64 = 150 << 20;
+const AGENT_MEMORY: u64 = 40 << 20;
+const CHANGE_P99: Duration = Duration::from_secs(2);
+
+/// Daemons that stay for the simulated nodes: each of them verifies every record and every approval.
+const AGENTS: usize = 10;
+
+/// Changes of which each is waited for everywhere before the next.
+const CHANGES: usize = 50;
+
+/// Nodes that come and go while all daemons are asked for them.
+const COMINGS: u32 = 20;
+
+/// How long anything is waited for, and in particular what every node takes part in.
+const PATIENCE: Duration = Duration::from_secs(120);
+const FLEET_PATIENCE: Duration = Duration::from_secs(1800);
+
+/// Nothing has been written for so long: what happened before is over.
+const CALM: Duration = Duration::from_secs(10);
+
+/// Distance of the questions whether a peer is there: the error of the measurement.
+const ASK_EVERY: Duration = Duration::from_millis(10);
+
+pub(in crate::scenario) fn play(stage: &mut Stage, story: &mut Story, options: &Options) -> Result<Value> {
+    story.chapter(&format!("A control plane, and {} daemons with Kubernetes as their registry", options.daemons));
+    let founders = stage.public_founders()?;
+    let plane = Plane::start(founders, story, &["--approval", "auto"])?;
+    let mut daemons = start_daemons(stage, story, &plane, options.daemons)?;
+
+    story.chapter(&format!("Nothing happens for {}", millis(options.duration)));
+    let idle = idle(story, &plane, options.duration)?;
+
+    story.chapter("A Node is deleted");
+    let gone = delete(story, &plane, &mut daemons)?;
+
+    story.chapter(&format!("{} simulated nodes, and {} watches of them", options.nodes, options.watches));
+    daemons.split_off(AGENTS.min(daemons.len())).iter().try_for_each(|daemon| daemon.kill())?;
+    story.step(&format!("{} daemons stay", daemons.len()));
+    let relay: NodeId = plane.mesh.relay_address.split('@').next().unwrap_or_default().parse()?;
+    let fleet = Fleet::new("sim", options.nodes, relay)?;
+    let registered = register(story, &plane, &fleet)?;
+    wait_calm(&plane)?;
+    let changes = changes(story, &plane, &fleet, options)?;
+
+    story.chapter("Nodes come and go");
+    let comings = comings(story, &plane, relay, &daemons)?;
+    let memory = memory(story, &plane.controller, &daemons)?;
+    Ok(json!({
+        "daemons": options.daemons,
+        "nodes": options.nodes,
+        "idle": idle,
+        "gone_ms": in_millis(gone),
+        "registered": registered,
+        "changes": changes,
+        "comings": comings,
+        "memory": memory,
+    }))
+}
+
+fn start_daemons(stage: &mut Stage, story: &mut Story, plane: &Plane, count: u32) -> Result<Vec<Arc<Node>>> {
+    let start = Instant::now();
+    let names = (1..=count).map(|number| format!("node-{number}"));
+    let server = format!("https://{}:{}", plane.mesh.home.host().v4(), keystone_kubelab::PORT);
+    let daemons = names.map(|name| {
+        plane.create_node(&name)?;
+        let host = stage.public_host(&name)?;
+        let node = stage.install(&host, &name)?;
+        let kubeconfig = host.folder()?.join("kubeconfig");
+        plane.server.user(&name, Some("system:masters"))?.at(&server).write_kubeconfig(&kubeconfig)?;
+        let kubeconfig = kubeconfig.to_str().context("the scratch folder is UTF-8")?;
+        let coordination = ["--registry", "kubernetes", "--kubeconfig", kubeconfig];
+        node.up(&[&["--name", &name, "--network", &plane.mesh.network], &coordination[..]].concat())?;
+        anyhow::Ok(node)
+    });
+    let daemons = daemons.collect::<Result<Vec<_>>>()?;
+    story.step(&format!("all are started after {}", millis(start.elapsed())));
+    // Everybody else, and home.
+    let peers = daemons.len();
+    for daemon in &daemons {
+        daemon.wait_until("it knows everybody", PATIENCE, |status| status.peers.len() == peers)?;
+    }
+    let took = start.elapsed();
+    story.check(true, "everybody is approved and knows everybody", &format!("{} after the first start", millis(took)));
+    Ok(daemons)
+}
+
+/// Waits until nothing has been written to any Node for a while.
+fn wait_calm(plane: &Plane) -> Result<()> {
+    let mut last = (plane.server.metrics()?.writes("nodes"), Instant::now());
+    wait::until("nothing is written to Nodes", FLEET_PATIENCE, POLL * 5, || {
+        let writes = plane.server.metrics()?.writes("nodes");
+        if writes != last.0 {
+            last = (writes, Instant::now());
+        }
+        Ok((last.1.elapsed() > CALM).then_some(()))
+    })
+}
+
+fn idle(story: &mut Story, plane: &Plane, duration: Duration) -> Result<Value> {
+    wait_calm(plane)?;
+    let usage = || Usage::of(plane.server.id().context("the API server runs")?);
+    let (before, cpu) = (plane.server.metrics()?, usage()?.cpu);
+    std::thread::sleep(duration);
+    let (after, cpu) = (plane.server.metrics()?, usage()?.cpu.saturating_sub(cpu));
+    let writes = |resource| after.writes(resource) - before.writes(resource);
+    let nodes = writes("nodes");
+    story.check(nodes == 0, "no Node is written to", &format!("{nodes} writes in {}", millis(duration)));
+    let all = ["members", "peers", "jointokens", "configmaps", "events"].map(|resource| (resource, writes(resource)));
+    let others: u64 = all.iter().map(|(_, count)| count).sum();
+    story.check(others == 0, "nor is anything else of the mesh, but the controller's lease", &format!("{all:?}"));
+    let leases = writes("leases");
+    story.step(&format!("{leases} writes to leases; the API server used {} of CPU", millis(cpu)));
+    Ok(json!({
+        "seconds": duration.as_secs_f64(),
+        "node_writes": nodes,
+        "other_writes": others,
+        "lease_writes": leases,
+        "api_server_cpu_ms": in_millis(cpu),
+    }))
+}
+
+fn delete(story: &mut Story, plane: &Plane, daemons: &mut Vec<Arc<Node>>) -> Result<Duration> {
+    let goes = daemons.pop().context("there are daemons")?;
+    goes.kill()?;
+    let mut others: Vec<&Node> = daemons.iter().map(AsRef::as_ref).collect();
+    others.push(&plane.mesh.home);
+    let start = Instant::now();
+    plane.delete_node(goes.name())?;
+    let gone = until_gone(goes.name(), &others, start)?;
+    let found = format!("{} after the request (goal {})", millis(gone), millis(GONE_GOAL));
+    let claim = format!("the peer is gone from all {} others", others.len());
+    story.check(gone <= GONE_GOAL * TOLERANCE, &claim, &found);
+    let claim = plane.wait_quarantined(goes.name())?;
+    story.check(true, "its address is kept from others for a while", claim.rsplit(' ').next().unwrap_or_default());
+    Ok(gone)
+}
+
+fn register(story: &mut Story, plane: &Plane, fleet: &Fleet) -> Result<Value> {
+    let start = Instant::now();
+    let admin = plane.server.admin();
+    plane.server.with_client(admin, async |client| fleet.register(&client).await)?;
+    let written = start.elapsed();
+    story.step(&format!("all have published their records after {}", millis(written)));
+    let all = fleet.names().count();
+    wait::until("all are approved", FLEET_PATIENCE, POLL * 5, || {
+        let approved = plane.server.with_client(admin, async |client| {
+            let listed = Api::<KubernetesNode>::all(client).list_metadata(&ListParams::default()).await?;
+            let annotations =
+                listed.items.into_iter().filter(|node| node.metadata.name.iter().any(|n| n.starts_with("sim-")));
+            let annotations = annotations.filter_map(|node| node.metadata.annotations);
+            Ok(annotations.filter(|all| all.contains_key("mesh.keystone.cluster/approval-signature")).count())
+        })?;
+        Ok((approved == all).then_some(()))
+    })?;
+    let approved = start.elapsed();
+    story.step(&format!("all are approved after {}", millis(approved)));
+    Ok(json!({ "written_ms": in_millis(written), "approved_ms": in_millis(approved) }))
+}
+
+/// Nodes change what they say of themselves, one after the other; all watches must hear of it.
+fn changes(story: &mut Story, plane: &Plane, fleet: &Fleet, options: &Options) -> Result<Value> {
+    let admin = plane.server.admin();
+    let server = plane.server.id().context("the API server runs")?;
+    let (times, bytes, cpu) = plane.server.with_client(admin, async |client| {
+        let nodes = Api::<KubernetesNode>::all(client.clone());
+        let listed = nodes.list_metadata(&ListParams::default().limit(1)).await?;
+        let version = listed.metadata.resource_version.context("a list has a version")?;
+        let mut watchers = Watchers::start(admin, &version, options.watches as usize).await?;
+        let (before, mut times, bytes) = (Usage::of(server)?, Vec::new(), watchers.bytes());
+        for number in 0..CHANGES {
+            let sent = Instant::now();
+            let change = fleet.change(&client, number * 7 % options.nodes as usize).await?;
+            let heard = watchers.heard(change, PATIENCE).await?;
+            times.extend(heard.into_iter().map(|at| in_millis(at.duration_since(sent))));
+        }
+        Ok((times, watchers.bytes() - bytes, Usage::of(server)?.cpu.saturating_sub(before.cpu)))
+    })?;
+    let spread = Spread::of(times.into_iter());
+    let claim = format!("p99 of a change's way to {} watches is at most {}", options.watches, millis(CHANGE_P99));
+    let found = format!("{:.0} ms, median {:.0} ms, slowest {:.0} ms", spread.p99, spread.p50, spread.max);
+    story.check(spread.p99 <= in_millis(CHANGE_P99), &claim, &found);
+    let each = bytes / (CHANGES as u64 * u64::from(options.watches));
+    let cpu = cpu / u32::try_from(CHANGES)?;
+    story.step(&format!("a change takes {} of the API server's CPU and {each} bytes for each watch", millis(cpu)));
+    Ok(json!({ "reach_ms": spread, "bytes_for_each_watch": each, "api_server_cpu_ms": in_millis(cpu) }))
+}
+
+/// A node comes and is approved, and goes again; all real daemons must come to know it, and forget it.
+fn comings(story: &mut Story, plane: &Plane, relay: NodeId, daemons: &[Arc<Node>]) -> Result<Value> {
+    let (mut come, mut gone) = (Vec::new(), Vec::new());
+    for number in 0..COMINGS {
+        let one = Fleet::new(&format!("late-{number}"), 1, relay)?;
+        let name = one.names().next().unwrap_or_default().to_owned();
+        let sent = Instant::now();
+        plane.server.with_client(plane.server.admin(), async |client| one.register(&client).await)?;
+        come.extend(each_until(daemons, &name, true, sent)?);
+        let sent = Instant::now();
+        plane.delete_node(&name)?;
+        gone.extend(each_until(daemons, &name, false, sent)?);
+    }
+    let mut told = |what: &str, times: Vec<f64>| {
+        let spread = Spread::of(times.into_iter());
+        let claim = format!("p99 until a daemon {what} is at most {}", millis(CHANGE_P99));
+        let found = format!("{:.0} ms, median {:.0} ms, slowest {:.0} ms", spread.p99, spread.p50, spread.max);
+        story.check(spread.p99 <= in_millis(CHANGE_P99), &claim, &found);
+        spread
+    };
+    let come = told("knows a node that came and was approved", come);
+    let gone = told("has forgotten a node that was deleted", gone);
+    Ok(json!({ "come_ms": come, "gone_ms": gone }))
+}
+
+/// For each daemon how long after `start` it knows `peer`, or does not.
+fn each_until(daemons: &[Arc<Node>], peer: &str, known: bool, start: Instant) -> Result<Vec<f64>> {
+    let mut waiting: Vec<&Arc<Node>> = daemons.iter().collect();
+    let mut times = Vec::new();
+    wait::until(&format!("all daemons have heard of {peer}"), PATIENCE, ASK_EVERY, || {
+        let mut left = Vec::new();
+        for daemon in waiting.drain(..) {
+            if daemon.knows(peer)? == known {
+                times.push(in_millis(start.elapsed()));
+            } else {
+                left.push(daemon);
+            }
+        }
+        waiting = left;
+        Ok(waiting.is_empty().then_some(()))
+    })?;
+    Ok(times)
+}
+
+fn memory(story: &mut Story, controller: &Process, daemons: &[Arc<Node>]) -> Result<Value> {
+    let megabytes = |bytes: u64| format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20));
+    let controller = Usage::of(controller.id())?.rss;
+    let claim = format!("the controller takes less than {}", megabytes(CONTROLLER_MEMORY));
+    story.check(controller < CONTROLLER_MEMORY, &claim, &megabytes(controller));
+    let agents = daemons.iter().filter_map(|daemon| daemon.id()).map(|id| Ok(Usage::of(id)?.rss));
+    let largest = agents.collect::<Result<Vec<_>>>()?.into_iter().max().unwrap_or_default();
+    let claim = format!("a daemon takes less than {}", megabytes(AGENT_MEMORY));
+    story.check(largest < AGENT_MEMORY, &claim, &format!("{} at most", megabytes(largest)));
+    Ok(json!({ "controller_bytes": controller, "largest_daemon_bytes": largest }))
+}
