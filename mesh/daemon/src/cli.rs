@@ -7,6 +7,7 @@ mod inspect;
 mod kubernetes;
 mod member;
 mod output;
+mod peer;
 mod token;
 
 use std::path::PathBuf;
@@ -87,6 +88,9 @@ enum Command {
         #[arg(long, env = "KEYSTONE_MESH_INTERFACE", default_value = crate::config::DEFAULT_INTERFACE, value_name = "IF")]
         interface: String,
     },
+    /// Make, show, list and remove plain WireGuard peers: a laptop, a phone, another site (with Kubernetes)
+    #[command(subcommand)]
+    Peer(peer::PeerCommand),
     /// Check what the daemon needs on this host, and say why peers are not direct
     Doctor(ReadArgs),
     /// Print a completion script
@@ -324,6 +328,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             Command::Bench(args) => bench::bench(&places, &args).await,
             Command::Remove { name } => member::remove(&places, name).await,
             Command::Leave { force, interface } => member::leave(&places, &interface, force).await,
+            Command::Peer(command) => peer::run(&places, command).await,
             Command::Doctor(args) => return doctor::run(&places, args.json).await,
             Command::Completions { shell } => completions(shell),
             Command::Man { directory } => man(&directory),

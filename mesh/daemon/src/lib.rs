@@ -28,3 +28,4 @@ pub mod store;
 pub mod sys;
 pub mod tun;
 pub mod udp;
+pub mod wg_quick;

@@ -9,5 +9,6 @@ mod command;
 mod handover;
 mod join;
 mod outage;
+mod peer;
 mod publish;
 mod world;
