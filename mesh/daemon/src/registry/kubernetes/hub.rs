@@ -371,7 +371,7 @@ impl Work {
             }
             Told::Resumed => Heard::Current,
             Told::Changed(object) => {
-                self.changed(kind, object);
+                self.changed(kind, &object);
                 return;
             }
             Told::Deleted(object) => {
@@ -423,20 +423,20 @@ impl Work {
         self.take(changes);
     }
 
-    fn changed(&mut self, kind: Kind, object: Object) {
+    fn changed(&mut self, kind: Kind, object: &Object) {
         let changes = match kind {
             Kind::Nodes => {
-                self.desk.handle_object(Carrier::Node, &object);
+                self.desk.handle_object(Carrier::Node, object);
                 self.view().nodes.insert(object.name.clone());
-                self.directory.handle_object(Carrier::Node, &plain(&object))
+                self.directory.handle_object(Carrier::Node, &plain(object))
             }
             Kind::Members => {
-                self.desk.handle_object(Carrier::Member, &object);
-                self.directory.handle_object(Carrier::Member, &plain(&object))
+                self.desk.handle_object(Carrier::Member, object);
+                self.directory.handle_object(Carrier::Member, &plain(object))
             }
-            Kind::Peers => self.directory.handle_peer(&plain(&object)),
+            Kind::Peers => self.directory.handle_peer(&plain(object)),
             Kind::Network => {
-                self.network(&object);
+                self.network(object);
                 Vec::new()
             }
         };
