@@ -19,7 +19,7 @@ use keystone_mesh_core::node::{NodeName, SignedRecord};
 use tokio::sync::watch;
 use zeroize::Zeroizing;
 
-use super::counts::Writes;
+use super::Writes;
 use super::kubernetes::KubernetesRegistry;
 use super::kubernetes::hub::{Heard, Hub, Known, Start};
 use super::{Answer, Event, Faults, Registry};
