@@ -56,7 +56,7 @@ holds the list to the code.
 */}}
 {{- define "keystone-mesh.recordKeys" -}}
 [
-  {{- range $at, $key := list "endpoints" "identity" "nat" "public-key" "relay" "routes-wanted" "seq" "signature" "version" }}
+  {{- range $at, $key := list "endpoints" "identity" "key-proof" "nat" "public-key" "relay" "routes-wanted" "seq" "signature" "version" }}
   {{- if $at }}, {{ end -}}
   'mesh.keystone.cluster/{{ $key }}'
   {{- end -}}
