@@ -86,34 +86,34 @@ fn two_controllers_that_both_lead_double_nothing() {
         let mut running = vec![world.controller("a", 9001, AUTO)?, world.controller("b", 9002, AUTO)?];
         let machines = Machine::many("w", 120);
         let mut witness = Witness::default();
-        let mut restarts = 0;
         for batch in machines.chunks(20) {
             // The lease is given to the one that does not lead. It takes that up at its next look, and the leader goes on
             // until its own.
             let names = [running[0].identity()?, running[1].identity()?];
+            let leader = world.until("one of them leads", PATIENCE, async |client| {
+                let lease = Api::<Lease>::namespaced(client.clone(), NAMESPACE).get_opt(LEADER_LEASE).await?;
+                let holder = lease.and_then(|lease| lease.spec?.holder_identity);
+                // Whoever was given the lease leads when it has taken it up.
+                let holder = names.iter().position(|name| holder.as_ref() == Some(name));
+                Ok(holder.filter(|number| running[*number].log().contains("this replica leads")))
+            })?;
             world.with_client(async |client| {
                 let leases = Api::<Lease>::namespaced(client.clone(), NAMESPACE);
-                let holder = until("one of them leads", PATIENCE, async || {
-                    let lease = leases.get_opt(LEADER_LEASE).await?;
-                    let holder = lease.and_then(|lease| lease.spec?.holder_identity);
-                    Ok(holder.filter(|holder| names.contains(holder)))
-                })
-                .await?;
-                let other = names.iter().find(|name| **name != holder);
-                let patch = Patch::Merge(json!({"spec": {"holderIdentity": other}}));
+                let patch = Patch::Merge(json!({"spec": {"holderIdentity": names[1 - leader]}}));
                 leases.patch(LEADER_LEASE, &PatchParams::default(), &patch).await?;
                 create(&client, batch).await
             })?;
-            let (before, deadline) = (restarts, Instant::now() + PATIENCE);
-            while restarts == before {
+            let deadline = Instant::now() + PATIENCE;
+            let mut displaced = 0;
+            while displaced == 0 {
                 witness.see(&world.with_client(async |client| world.approvals(&client).await)?)?;
-                restarts += restart_ended(&world, &mut running)?;
+                displaced = restart_ended(&world, &mut running)?;
                 ensure!(Instant::now() < deadline, "waited in vain for the leader to be displaced");
             }
         }
         let deadline = Instant::now() + PATIENCE;
         let approved = loop {
-            restarts += restart_ended(&world, &mut running)?;
+            restart_ended(&world, &mut running)?;
             if let Some(approved) = world.with_client(async |client| world.approved(&client, &machines).await)? {
                 break approved;
             }
