@@ -171,3 +171,33 @@ pub(super) fn time(now: Now) -> Time {
     let seconds = i64::try_from(now / 1000).unwrap_or(0);
     Time(Timestamp::from_second(seconds).unwrap_or_default())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_are_the_codes_of_refusals_in_camel_case() {
+        let refusals = [
+            JoinRefusal::Token(TokenRefusal::Unknown),
+            JoinRefusal::Token(TokenRefusal::Expired(1)),
+            JoinRefusal::Token(TokenRefusal::UsedUp),
+            JoinRefusal::Token(TokenRefusal::Revoked),
+            JoinRefusal::WrongIdentity,
+            JoinRefusal::IdentityKnown("a".parse().unwrap()),
+            JoinRefusal::KeyTaken("a".parse().unwrap()),
+            JoinRefusal::AddressesExhausted("10.0.0.0/8".parse().unwrap()),
+        ];
+        for refusal in refusals {
+            let words = refusal.code().split('-').map(|word| word[..1].to_uppercase() + &word[1..]);
+            assert_eq!(reason_of(&refusal), words.collect::<String>());
+        }
+    }
+
+    #[test]
+    fn long_messages_are_cut_between_characters() {
+        let long = cut("ü".repeat(2000));
+        assert!(long.len() <= MAX_MESSAGE && long.ends_with("..."));
+        assert_eq!(cut("short".to_owned()), "short");
+    }
+}

@@ -115,7 +115,10 @@ fn evidence(
         (Evidence::Reached(_), _) => (Some(ready()), None),
         (Evidence::Unreached(_), Some("False")) => (Some(unready()), None),
         (Evidence::Unreached(since), _) => after(since, settings.unready_after, unready(), first),
-        (Evidence::Silence(since), Some("True" | "False")) => after(since, settings.report_life, no_report(), None),
+        (Evidence::Silence(Some(since)), Some("True" | "False")) => {
+            after(since, settings.report_life, no_report(), None)
+        }
+        (Evidence::Silence(None), Some("True" | "False")) => (None, None),
         (Evidence::Silence(_), _) => (Some(no_report()), None),
     }
 }

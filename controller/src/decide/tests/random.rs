@@ -18,7 +18,7 @@ use proptest::prelude::*;
 use super::model::{Api, Watcher};
 use super::world::*;
 use crate::decide::{Action, Effect, reconcile};
-use crate::view::{ClusterView, Kind, Now, Policy, Settings};
+use crate::view::{ClusterView, Now, Policy, Settings};
 
 const NAMES: [&str; 4] = ["worker-1", "worker-2", "worker-3", "worker-4"];
 const PEERS: [&str; 2] = ["laptop", "worker-1"];
@@ -262,7 +262,7 @@ impl Race {
         for (_, holder) in ledger.live() {
             match holder {
                 Holder::Node(name, _) => {
-                    assert!(names.contains(name.as_str()), "{holder} is gone and holds an address")
+                    assert!(names.contains(name.as_str()), "{holder} is gone and holds an address");
                 }
                 Holder::Peer(name) => assert!(api.peers.contains_key(name.as_str()), "{holder} is gone"),
             }
@@ -400,5 +400,4 @@ fn five_thousand_nodes_are_decided_within_a_blink() {
         world.pass(SECOND);
     }
     assert!(world.controller.view.is_complete());
-    let _ = Kind::REQUIRED;
 }
