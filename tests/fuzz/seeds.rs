@@ -12,6 +12,7 @@ use keystone_fuzz::sample;
 use keystone_mesh::control::{Answer, Request};
 use keystone_mesh::state::{LivePeer, Membership, Snapshot};
 use keystone_mesh::tun::virtio::{Gso, VirtioHeader};
+use keystone_mesh_core::annotations;
 use keystone_mesh_core::gateway::{FromGateway, ToGateway};
 use keystone_mesh_core::probe::{KeyHint, Message, Probe, ProbeKey, TxId};
 use keystone_mesh_core::relay::frame::{Frame, Place};
@@ -32,6 +33,7 @@ fn main() -> Result {
     relay()?;
     streams()?;
     statements()?;
+    annotations()?;
     texts()?;
     tun()?;
     files()
@@ -102,7 +104,11 @@ fn streams() -> Result {
     frames(0, "join", &[join, ToGateway::Leave])?;
     frames(0, "attach", &[ToGateway::Attach { version: 1, record: record.clone() }, ToGateway::Publish { record }])?;
     let network = sample::network(NETWORK);
-    let snapshot = FromGateway::Snapshot { network: network.clone(), entries: vec![sample::entry(NETWORK, NODE)] };
+    let snapshot = FromGateway::Snapshot {
+        network: network.clone(),
+        entries: vec![sample::entry(NETWORK, NODE)],
+        peers: vec![sample::peer(NETWORK)],
+    };
     frames(1, "joined", &[FromGateway::Joined { approval }, snapshot])?;
     let changed = FromGateway::Changed { entry: sample::entry(NETWORK, NODE) };
     frames(1, "changed", &[changed, FromGateway::Removed { name: "worker-1".parse()? }])?;
@@ -137,6 +143,33 @@ fn statements() -> Result {
     seed("statements", "approval", serde_json::to_vec(&sample::approval(NETWORK, NODE))?)?;
     seed("statements", "network", serde_json::to_vec(&sample::network(NETWORK))?)?;
     seed("statements", "changed", r#"{"seq":"2","endpoints":"host 198.51.100.1:1","approval-serial":"9"}"#)
+}
+
+fn annotations() -> Result {
+    let mut node = annotations::of_record(&sample::record(NODE));
+    node.extend(annotations::of_approval(&sample::approval(NETWORK, NODE)));
+    for (key, text) in [
+        ("force-endpoint", "home.example.org:51840, 192.0.2.1:9"),
+        ("relay-force", "q"),
+        ("routes-extra", "10.42.1.0/24,10.42.2.0/24"),
+        ("location", "eu/1a"),
+    ] {
+        node.insert(format!("{}{key}", annotations::PREFIX), text.to_owned());
+    }
+    seed("annotations_decode", "node", serde_json::to_vec(&node)?)?;
+    seed("annotations_decode", "peer", serde_json::to_vec(&sample::peer(NETWORK).to_annotations())?)?;
+    seed("annotations_decode", "numbered", r#"{"0":"x","3":"host 192.0.2.7:51840","9":"2","20":"10.0.0.1/8"}"#)?;
+
+    // A node comes with record and approval, breaks, comes back as another, goes, and is listed.
+    seed("directory", "life", [0, 0, 1, 0, 1, 1, 0, 2, 0, 0, 0, 5, 1, 1, 6, 0xa0, 0xa1, 0xe0, 0xc0])?;
+    seed("directory", "broken", b"\0\0\x02\0\x01\x02\0\x04\x03rubbish!\0\x03\x02\xe0")?;
+
+    let id = sample::identity(NODE).id();
+    let page = format!(
+        r#"{{"1":"node home {id}","2":"peer laptop","3":"node old {id} released 1795500000","4":"rubbish","05":"peer a"}}"#
+    );
+    seed_after("ledger_page", "page", &[0, 255], page)?;
+    seed_after("ledger_page", "second", &[1, 0], r#"{"256":"peer a","511":"peer b released 0"}"#)
 }
 
 fn texts() -> Result {
@@ -263,6 +296,7 @@ fn files() -> Result {
     let snapshot = Snapshot {
         network: Some(sample::network(NETWORK)),
         entries: vec![sample::entry(NETWORK, NODE)],
+        peers: vec![sample::peer(NETWORK)],
         live: vec![live],
     };
     seed_after("state", "snapshot", &[0], serde_json::to_vec(&snapshot)?)?;

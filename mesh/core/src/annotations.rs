@@ -223,6 +223,9 @@ impl FromStr for Route {
 }
 
 #[cfg(test)]
+mod page;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::node::tests::{entry, secret};

@@ -13,8 +13,9 @@ use keystone_fuzz::sample;
 use keystone_mesh_core::facts::{FieldError, Malformed, Reader};
 use keystone_mesh_core::network::{Network, SignedNetwork, check_prefix};
 use keystone_mesh_core::node::{
-    Approval, MAX_ENDPOINTS, MAX_RELAYS, MAX_ROUTES, NodeRecord, SignedApproval, SignedRecord,
+    Approval, MAX_ENDPOINTS, MAX_FORCED, MAX_RELAYS, MAX_ROUTES, NodeRecord, SignedApproval, SignedRecord,
 };
+use keystone_mesh_core::plain_peer::SignedPlainPeer;
 use keystone_mesh_core::{Identity, NodeId};
 use libfuzzer_sys::fuzz_target;
 
@@ -32,6 +33,7 @@ fuzz_target!(|data: &[u8]| {
     read_again(&map, SignedRecord::from_map, SignedRecord::to_map);
     read_again(&map, SignedApproval::from_map, SignedApproval::to_map);
     read_again(&map, SignedNetwork::from_map, SignedNetwork::to_map);
+    read_again(&map, SignedPlainPeer::from_map, SignedPlainPeer::to_map);
 
     let ours = OUR_IDENTITY.id();
     let (record, approval, network) = &*GOOD;
@@ -94,7 +96,17 @@ fn sign_approval(map: &Map, network: NodeId) {
     let (Some(name), Some(identity), Some(serial)) = (name, identity, serial) else { return };
     let mut addresses: Vec<ipnet::IpNet> = reader.list("addresses", 8);
     addresses.retain(|net| net.prefix_len() == net.max_prefix_len());
-    let approval = Approval { network, name, identity, addresses, routes: reader.list("routes", MAX_ROUTES), serial };
+    let approval = Approval {
+        network,
+        name,
+        identity,
+        addresses,
+        routes: reader.list("routes", MAX_ROUTES),
+        endpoints: reader.list("approved-endpoints", MAX_FORCED),
+        relays: reader.list("approved-relays", MAX_RELAYS),
+        location: reader.optional("approved-location"),
+        serial,
+    };
     let signed = approval.clone().sign(&OUR_IDENTITY);
     assert_eq!(SignedApproval::from_map(&signed.to_map()).expect("a signed approval is read").get(), &approval);
 }

@@ -3,6 +3,7 @@
 use keystone_mesh_core::network::{DEFAULT_IPV4, Network, SignedNetwork, default_ipv6};
 use keystone_mesh_core::node::{Approval, Entry, NodeRecord, SignedApproval, SignedRecord};
 use keystone_mesh_core::path::Nat;
+use keystone_mesh_core::plain_peer::{PlainPeer, SignedPlainPeer};
 use keystone_mesh_core::token::{Token, TokenId, TokenSecret};
 use keystone_mesh_core::{Identity, Secret};
 
@@ -28,7 +29,7 @@ pub fn record(byte: u8) -> SignedRecord {
         routes: vec!["10.42.1.0/24".parse().expect("a prefix")],
         seq: 3,
     };
-    record.sign(&identity(byte))
+    record.sign_with_key(&identity(byte), &secret(byte).wireguard(0))
 }
 
 /// What the network of `network` allows the node of `byte`.
@@ -39,9 +40,28 @@ pub fn approval(network: u8, byte: u8) -> SignedApproval {
         identity: identity(byte).id(),
         addresses: ["10.98.0.2/32", "fd00::2/128"].map(|text| text.parse().expect("an address")).into(),
         routes: vec!["10.42.1.0/24".parse().expect("a prefix")],
+        endpoints: ["home.example.org:4000", "192.0.2.9:4000"].map(|text| text.parse().expect("a host")).into(),
+        relays: vec![identity(200).id()],
+        location: Some("eu/1a".parse().expect("a location")),
         serial: 2,
     };
     approval.sign(&identity(network))
+}
+
+/// What the network says of a plain peer.
+pub fn peer(network: u8) -> SignedPlainPeer {
+    let peer = PlainPeer {
+        network: identity(network).id(),
+        name: "worker-1".parse().expect("a name"),
+        node: "home".parse().expect("a node name"),
+        public_key: secret(77).wireguard(0).public_key(),
+        addresses: vec!["10.98.1.1/32".parse().expect("an address")],
+        routes: vec!["192.168.7.0/24".parse().expect("a prefix")],
+        endpoint: Some("laptop.example.org:51820".parse().expect("a host")),
+        persistent_keepalive: Some(25),
+        serial: 4,
+    };
+    peer.sign(&identity(network))
 }
 
 /// A node's record with its approval.

@@ -116,7 +116,7 @@ const HONEST: u8 = 6;
 const ADVERSARY: u8 = HONEST;
 const ADVERSARY_NETWORK: u8 = 99;
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 enum Step {
     // --- the honest ones ---
     Publish { node: u8, rotate: bool },
@@ -368,7 +368,7 @@ proptest! {
         let mut world = World::new();
         prop_assert_eq!(world.seen(), world.is());
         for step in steps {
-            world.take(step.clone());
+            world.take(step);
             prop_assert_eq!(world.seen(), world.is(), "after {:?}", step);
         }
     }
