@@ -34,6 +34,9 @@ const TURN: Duration = Duration::from_secs(10);
 /// Writes under way at the end are given so long.
 const FINISH: Duration = Duration::from_secs(3);
 
+/// A conflict so many times in a row, over some seconds, is no coincidence.
+const FOUGHT: u32 = 8;
+
 /// What the loop is connected to.
 pub struct Wiring {
     /// The view, and what feeds it.
@@ -94,6 +97,7 @@ impl Driver {
     /// Runs until `stop` says true or the watches end, then waits a little for writes under way.
     pub async fn run(mut self, mut stop: watch::Receiver<bool>) {
         let mut leads = self.wiring.leadership.subscribe();
+        self.handle_leadership(*leads.borrow_and_update());
         loop {
             self.wiring.health.handle_turn(self.wiring.index.view().is_complete());
             let wake_at = self.wake_at();
@@ -179,12 +183,18 @@ impl Driver {
         if let Some(code) = code {
             metrics.api_errors.get_or_create(&ErrorLabels { during: "write", code: code.to_string() }).inc();
         }
+        let failures = self.queue.handle_outcome(&part, outcome, Instant::now());
         let (kind, name, reason) = (part.kind, &part.name, &action.reason);
         match outcome {
             Outcome::Done => {
                 tracing::info!(action = kind, object = %name, reason, "done");
                 action.events.into_iter().for_each(|event| self.wiring.recorder.record(event));
             }
+            Outcome::Conflict if failures >= FOUGHT => tracing::warn!(
+                action = kind, object = %name, reason, error, failures,
+                "this is always another than the watch shows; does something else write it, or hide it (a page of the \
+                 ledger without its label)?"
+            ),
             Outcome::Conflict | Outcome::Gone | Outcome::Dropped => {
                 tracing::debug!(action = kind, object = %name, reason, error, "overtaken");
             }
@@ -194,7 +204,6 @@ impl Driver {
             ),
             Outcome::Failed => tracing::warn!(action = kind, object = %name, reason, error, "failed; trying again"),
         }
-        self.queue.handle_outcome(&part, outcome, Instant::now());
         if let Some(object) = object {
             self.wiring.index.handle_answer(object);
         } else if outcome == Outcome::Gone

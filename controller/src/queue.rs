@@ -129,16 +129,19 @@ impl Queue {
         Some(action)
     }
 
-    /// A write ended. What the answer says must be in the view before the next decision.
-    pub fn handle_outcome(&mut self, part: &Part, outcome: Outcome, now: Instant) {
+    /// A write ended. What the answer says must be in the view before the next decision. Returns how many times in a
+    /// row it came to nothing.
+    pub fn handle_outcome(&mut self, part: &Part, outcome: Outcome, now: Instant) -> u32 {
         self.busy.remove(part);
         let Some((first, longest)) = outcome.pauses() else {
             self.resting.remove(part);
-            return;
+            return 0;
         };
         let failures = self.resting.get(part).map_or(0, |rest| rest.failures);
         let pause = first.saturating_mul(1 << failures.min(16)).min(longest);
-        self.resting.insert(part.clone(), Rest { until: now + pause, failures: failures.saturating_add(1) });
+        let failures = failures.saturating_add(1);
+        self.resting.insert(part.clone(), Rest { until: now + pause, failures });
+        failures
     }
 
     /// Nothing that waits is to be sent.

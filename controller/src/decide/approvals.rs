@@ -31,6 +31,8 @@ pub(super) fn act(network: &Network, census: &Census<'_>, routes: &Routes<'_>, n
             Standing::Waiting(_) | Standing::Refused(_) | Standing::Changed { .. } | Standing::Revoked(_) => {
                 revoke(machine, now)
             }
+            // A Node of the same name was another machine's; its approval must not outlive it under the Member.
+            Standing::Silent if is_of_another(machine) => revoke(machine, now),
             // What is not decided yet stays as it is, and what is leaving goes with its object.
             Standing::Silent
             | Standing::Undecided(_)
@@ -90,6 +92,11 @@ fn approve(context: &Context<'_>, machine: &Machine<'_>, identity: NodeId, host:
         }
     };
     effect(machine, approval, reason, event)
+}
+
+fn is_of_another(machine: &Machine<'_>) -> bool {
+    let member = machine.member.filter(|_| machine.node.is_none());
+    member.zip(machine.newest).is_some_and(|(member, newest)| member.identity != newest.identity)
 }
 
 /// Takes back whatever valid approval there is.

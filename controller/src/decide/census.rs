@@ -261,6 +261,10 @@ impl<'a> Taker<'a> {
         if machine.node.is_some_and(|node| self.succeeds(machine.name, node)) {
             return None;
         }
+        if machine.node.is_none() && machine.member.is_some_and(|member| member.identity != pinned) {
+            // What is left of the name is another machine's.
+            return None;
+        }
         let found = machine.carried().and_then(record_in).map(|record| record.identity);
         let stranger = found.filter(|found| *found != pinned);
         if let Some(member) = machine.member

@@ -89,7 +89,8 @@ pub(super) struct Serving<'a> {
     pub(super) held: Vec<IpNet>,
 }
 
-/// Decides about every plain peer. Of two with one key the one keeps it that was stated with it, then the elder.
+/// Decides about every plain peer. Who was stated with a key keeps it, also against a node that shows it later (which
+/// the nodes themselves settle, see `core::plan`); then come nodes, then the elder peer.
 pub(super) fn judge<'a>(view: &'a ClusterView, network: &Network, census: &Census<'a>) -> Vec<Plain<'a>> {
     let home = home(network, census);
     let mut keys: BTreeMap<PublicKey, &NodeName> = BTreeMap::new();
@@ -101,7 +102,8 @@ pub(super) fn judge<'a>(view: &'a ClusterView, network: &Network, census: &Censu
             let (spec, fault) = specification(peer);
             let Some(spec) = spec else { return Plain { peer, served: None, refusal: fault } };
             let key_of_peer = keys.get(&spec.public_key).map(|other| PeerRefusal::KeyOfPeer((*other).clone()));
-            let key_of_node = census.keys.get(&spec.public_key).map(|node| PeerRefusal::KeyOfNode((*node).clone()));
+            let node = census.keys.get(&spec.public_key).filter(|_| !keeps_key(peer));
+            let key_of_node = node.map(|node| PeerRefusal::KeyOfNode((*node).clone()));
             if let Some(refusal) = key_of_node.or(key_of_peer) {
                 return Plain { peer, served: None, refusal: Some(refusal) };
             }

@@ -94,17 +94,18 @@ fn of_member(context: &Context<'_>, machine: &Machine<'_>, member: &MemberView) 
         theirs.map(|(_, host)| conditions::hosts(&addresses_of(context.network, host))).unwrap_or_default();
     let node =
         machine.node.map(|_| Verdict::yes(NODE_CONDITION, "NodeFound", "there is a Node of this name".to_owned()));
-    let approved = match machine.admitted() {
-        Some((identity, _)) if identity != member.identity => Some(taken(machine.name, &identity.short())),
-        _ => approved(context, machine, "Approved"),
+    let other = machine.admitted().filter(|(identity, _)| *identity != member.identity);
+    let approved = match other {
+        Some((identity, _)) => Some(taken(machine.name, &identity.short())),
+        None => approved(context, machine, "Approved"),
     };
-    // While there is a Node, it tells of routes and wishes.
+    // While there is a Node, the news are told there.
     let own = machine.node.is_none();
     let routes = routes(context, machine, "RoutesAccepted").filter(|_| own);
     let wishes = wishes(context, machine, "WishesAccepted").filter(|_| own);
     let mut events = Vec::new();
     for verdict in [node, approved, routes, wishes].into_iter().flatten() {
-        if conditions::set(&mut status.conditions, &verdict, None, context.now) {
+        if conditions::set(&mut status.conditions, &verdict, None, context.now) && (own || other.is_some()) {
             events.extend(verdict.warning().map(|(reason, note)| event_of(member, true, reason, note)));
         }
     }

@@ -151,24 +151,24 @@ fn a_nodes_parts_are_changed_without_harm_to_others() {
             assert_eq!(node.annotations()["other"], "x");
 
             // Taints: only over what was seen.
-            let taints = |target: &Target, seen: &[Taint], wanted: &[Taint]| Effect::NodeTaints {
+            let taints = |target: &Target, seen: &[&str], wanted: &[&str]| Effect::NodeTaints {
                 target: target.clone(),
-                seen: seen.to_vec(),
-                wanted: wanted.to_vec(),
+                seen: seen.iter().map(|key| taint(key)).collect(),
+                wanted: wanted.iter().map(|key| taint(key)).collect(),
             };
             let nodes = Api::<Node>::all(stage.client.clone());
             let patch = Patch::Merge(json!({"spec": {"taints": null}}));
             nodes.patch("w1", &PatchParams::default(), &patch).await?;
-            let (ours, theirs) = (taint("readiness.k8s.io/keystone-mesh"), taint("someone.else/x"));
-            stage.done(taints(&target, &[], &[ours.clone()])).await;
-            let both = vec![ours.clone(), theirs.clone()];
-            let patch = Patch::Merge(json!({"spec": {"taints": both}}));
+            let (ours, theirs) = ("readiness.k8s.io/keystone-mesh", "someone.else/x");
+            stage.done(taints(&target, &[], &[ours])).await;
+            let both = [ours, theirs];
+            let patch = Patch::Merge(json!({"spec": {"taints": both.map(taint)}}));
             nodes.patch("w1", &PatchParams::default(), &patch).await?;
-            stage.not_done(taints(&target, &[ours.clone()], &[]), Outcome::Conflict).await;
-            stage.not_done(taints(&target, &[], &[ours.clone()]), Outcome::Conflict).await;
+            stage.not_done(taints(&target, &[ours], &[]), Outcome::Conflict).await;
+            stage.not_done(taints(&target, &[], &[ours]), Outcome::Conflict).await;
             stage.not_done(taints(&another(&target), &both, &[]), Outcome::Conflict).await;
-            stage.done(taints(&target, &both, &[theirs.clone()])).await;
-            assert_eq!(stage.node("w1").await?.spec.unwrap().taints.unwrap(), [theirs.clone()]);
+            stage.done(taints(&target, &both, &[theirs])).await;
+            assert_eq!(stage.node("w1").await?.spec.unwrap().taints.unwrap(), [taint(theirs)]);
             stage.done(taints(&target, &[theirs], &[])).await;
             stage.done(taints(&target, &[], &[ours])).await;
 

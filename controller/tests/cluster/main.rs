@@ -1,6 +1,7 @@
 //! The controller's program against a real API server, each test in a sandbox of its own.
 
 #![expect(clippy::unwrap_used, reason = "a test may fail wherever it likes")]
+#![expect(clippy::print_stdout, reason = "figures of a run are worth reading")]
 
 mod approval;
 mod crds;

@@ -7,7 +7,7 @@ use keystone_mesh_core::annotations;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams};
 use serde_json::json;
 
-use crate::world::{Controller, Machine, PATIENCE, create_all, in_world, until};
+use crate::world::{Controller, Machine, PATIENCE, World, create_all, in_world, until};
 
 const AUTO: &[&str] = &["--approval=auto"];
 /// KiB.
@@ -40,15 +40,15 @@ fn large(machine: &Machine) -> Node {
 
 #[test]
 fn two_hundred_nodes() {
-    in_world("scale::two_hundred_nodes", |world| measure(world, 200));
+    in_world("scale::two_hundred_nodes", |world| measure(&world, 200));
 }
 
 #[test]
 fn a_thousand_nodes() {
-    in_world("scale::a_thousand_nodes", |world| measure(world, 1000));
+    in_world("scale::a_thousand_nodes", |world| measure(&world, 1000));
 }
 
-fn measure(world: crate::world::World<'_>, count: u16) -> anyhow::Result<()> {
+fn measure(world: &World<'_>, count: u16) -> anyhow::Result<()> {
     let controller = world.controller("a", 9001, AUTO)?;
     controller.until_leading(PATIENCE)?;
     let empty = controller.memory()?;

@@ -268,7 +268,10 @@ impl Watcher {
             self.known.remove(&(kind, name));
         }
         for kind in Kind::REQUIRED {
-            let names = self.known.keys().filter(|(of, _)| *of == kind).map(|(_, name)| name.clone()).collect();
+            let mut names: BTreeSet<String> =
+                self.known.keys().filter(|(of, _)| *of == kind).map(|(_, name)| name.clone()).collect();
+            let document = api.network.iter().filter(|_| kind == Kind::Network);
+            names.extend(document.filter_map(|document| document.metadata.name.clone()));
             self.view.handle_listed(kind, &names, now);
         }
     }

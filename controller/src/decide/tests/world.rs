@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{ConfigMap, Node, NodeCondition, NodeSpec, Taint};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, ObjectMeta};
 use keystone_mesh_api::{JoinToken, JoinTokenSpec, Member, MemberSpec, Peer, PeerSpec};
 use keystone_mesh_core::annotations::{self, PREFIX, Writer};
 use keystone_mesh_core::ledger::Ledger;
@@ -61,7 +61,9 @@ pub(super) fn network_document() -> ConfigMap {
         gateways: vec![],
         serial: 1,
     };
-    ConfigMap { data: Some(document.sign(&secret(1).identity()).unwrap().to_map()), ..ConfigMap::default() }
+    let metadata = ObjectMeta { name: Some("keystone-mesh-network".to_owned()), ..ObjectMeta::default() };
+    let data = Some(document.sign(&secret(1).identity()).unwrap().to_map());
+    ConfigMap { metadata, data, ..ConfigMap::default() }
 }
 
 pub(super) struct World {
@@ -245,7 +247,7 @@ impl World {
     }
 
     pub(super) fn signed_approval(&self, name: &str) -> Option<SignedApproval> {
-        annotations::approval(&name.parse().unwrap(), &self.annotations(name)).unwrap()
+        annotations::approval(&name.parse().unwrap(), &self.annotations(name)).ok().flatten()
     }
 
     pub(super) fn approval(&self, name: &str) -> Option<Approval> {
