@@ -34,6 +34,8 @@ const TURN: Duration = Duration::from_secs(10);
 /// Writes under way at the end are given so long.
 const FINISH: Duration = Duration::from_secs(3);
 
+/// Whom to ask is thought over so often at most: it takes as long as a decision, and nobody waits for it.
+const REPORTERS: Duration = Duration::from_secs(1);
 /// A conflict so many times in a row, over some seconds, is no coincidence.
 const FOUGHT: u32 = 8;
 
@@ -70,6 +72,9 @@ pub struct Driver {
     not_before: Instant,
     /// When time alone will have changed the answer.
     again_at: Option<Instant>,
+    /// When it was last thought over whom to ask, and when it is due again because the view changed since.
+    named_at: Option<Instant>,
+    name_at: Option<Instant>,
 }
 
 enum Input {
@@ -91,6 +96,8 @@ impl Driver {
             dirty: Some(Instant::now()),
             not_before: Instant::now(),
             again_at: None,
+            named_at: None,
+            name_at: None,
         }
     }
 
@@ -222,7 +229,7 @@ impl Driver {
             self.not_before = Instant::now();
         } else {
             self.queue.clear();
-            self.again_at = None;
+            (self.again_at, self.named_at, self.name_at) = (None, None, None);
             self.wiring.reporters.send_replace(Vec::new());
             self.show(&Gauges::default());
         }
@@ -245,7 +252,7 @@ impl Driver {
             return None;
         }
         let gathered = self.dirty.map(|since| since + GATHER);
-        let wanted = [gathered, self.again_at, self.queue.rested_at()].into_iter().flatten().min();
+        let wanted = [gathered, self.again_at, self.name_at, self.queue.rested_at()].into_iter().flatten().min();
         wanted.map(|at| at.max(self.not_before))
     }
 
@@ -256,20 +263,29 @@ impl Driver {
         }
         let wall = now();
         let decision = decide::reconcile(self.wiring.index.view(), wall);
-        let reporters = decide::reporters(self.wiring.index.view());
+        self.name_reporters(began);
         let took = began.elapsed();
         self.wiring.metrics.reconcile_duration.observe(took.as_secs_f64());
         tracing::debug!(actions = decision.actions.len(), ?took, "decided");
         self.show(&decision.gauges);
         self.queue.handle_decision(decision.actions, began);
+        self.dirty = None;
+        self.again_at = decision.again_at.map(|at| began + Duration::from_millis(at.saturating_sub(wall)));
+        self.not_before = began + took * SHARE + GATHER;
+    }
+
+    fn name_reporters(&mut self, now: Instant) {
+        if let Some(again) = self.named_at.map(|at| at + REPORTERS).filter(|again| now < *again) {
+            self.name_at = Some(again);
+            return;
+        }
+        (self.named_at, self.name_at) = (Some(now), None);
+        let reporters = decide::reporters(self.wiring.index.view());
         self.wiring.reporters.send_if_modified(|known| {
             let changed = *known != reporters;
             *known = reporters;
             changed
         });
-        self.dirty = None;
-        self.again_at = decision.again_at.map(|at| began + Duration::from_millis(at.saturating_sub(wall)));
-        self.not_before = began + took * SHARE + GATHER;
     }
 
     fn send(&mut self) {

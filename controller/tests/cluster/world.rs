@@ -325,6 +325,14 @@ impl Controller {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    /// Its name in the lease.
+    pub(crate) fn identity(&self) -> Result<String> {
+        self.until_logged("starting", PATIENCE)?;
+        let log = self.log();
+        let (_, rest) = log.rsplit_once("me=\"").context("its name")?;
+        Ok(rest.split_once('"').context("its name")?.0.to_owned())
+    }
+
     /// Waits until it leads.
     pub(crate) fn until_leading(&self, patience: Duration) -> Result<()> {
         self.until_logged("this replica leads", patience)
