@@ -32,7 +32,7 @@ use self::uplink::Uplink;
 use crate::config::{Config, OnStop, Places, RegistryKind};
 use crate::control::{self, Answer};
 use crate::dataplane::{self, DataPlane, RelaySink};
-use crate::join::{refuse_other_network, relays_of};
+use crate::join::{self, refuse_other_network, relays_of};
 use crate::lifeline::Watch;
 use crate::member;
 use crate::preflight;
@@ -46,6 +46,9 @@ use crate::udp::{UdpConfig, UdpSocket};
 const EVENTS: usize = 1024;
 /// Calls of the control socket that wait for the driver; a caller beyond waits at its socket.
 const CALLS: usize = 16;
+
+/// How long a join may take before the daemon gives up.
+const JOIN_PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long the answer to a leave has to reach its asker.
 const FAREWELL: Duration = Duration::from_millis(100);
@@ -105,6 +108,11 @@ pub async fn run(places: &Places, config: Config, token: Option<Token>) -> anyho
     let mut stop = Stop::new()?;
     let interface = config.interface.clone();
     let mut token = token;
+    if config.registry == Some(RegistryKind::Kubernetes)
+        && let Some(token) = token.take()
+    {
+        join_first(places, &config, &token).await?;
+    }
     let end = loop {
         match run_once(places, config.clone(), token.take(), &mut stop).await {
             Ok(End::InterfaceLost) => tracing::warn!(interface, "somebody deleted the interface; making it again"),
@@ -134,6 +142,13 @@ pub async fn run(places: &Places, config: Config, token: Option<Token>) -> anyho
         End::PutOut(error) => Err(error),
         End::Stopped | End::Left(_) | End::InterfaceLost => Ok(()),
     }
+}
+
+/// A token is shown to the gateway, whatever the registry is from then on.
+async fn join_first(places: &Places, config: &Config, token: &Token) -> anyhow::Result<()> {
+    let state = StateDir::open(&places.state_dir)?;
+    let name = config.name.clone().map_or_else(member::host_name, Ok)?;
+    join::join(&state, token, name, config.routes.clone(), JOIN_PATIENCE).await.map(drop)
 }
 
 async fn run_once(places: &Places, config: Config, token: Option<Token>, stop: &mut Stop) -> anyhow::Result<End> {

@@ -14,7 +14,7 @@ pub fn status_code(error: &Error) -> Option<u16> {
 
 /// An error of the API in words that a person can act on.
 pub fn words(error: &Error) -> String {
-    let Error::Api(status) = error else { return chain(error) };
+    let Error::Api(status) = error else { return format!("the API server cannot be reached: {}", chain(error)) };
     let said = if status.message.is_empty() { &status.reason } else { &status.message };
     match status.code {
         401 => format!("the API server does not accept the credentials ({said})"),

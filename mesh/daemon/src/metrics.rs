@@ -5,6 +5,7 @@
 //! the descriptions here.
 
 pub mod daemon;
+pub mod gateway;
 pub mod process;
 pub mod relay;
 

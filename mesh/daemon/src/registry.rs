@@ -8,11 +8,13 @@
 
 pub mod backend;
 pub mod client;
+pub mod counts;
 pub mod embedded;
 pub mod handover;
 pub mod kubernetes;
 pub mod server;
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -21,6 +23,8 @@ use keystone_mesh_core::gateway::Refusal;
 use keystone_mesh_core::network::SignedNetwork;
 use keystone_mesh_core::node::{Entry, NodeName, SignedApproval, SignedRecord};
 use keystone_mesh_core::plain_peer::SignedPlainPeer;
+
+use crate::status::NodeFault;
 
 /// What a registry tells.
 #[derive(Clone, Debug)]
@@ -57,6 +61,43 @@ pub enum Event {
     Refused(Refusal),
 }
 
+/// What is wrong with others' records, approvals and statements.
+#[derive(Clone, Debug, Default)]
+pub struct Faults {
+    /// How many, by [`NodeFault::CODES`].
+    pub counts: BTreeMap<&'static str, u64>,
+    /// The first of them, [`MAX_FAULTS`] at most.
+    pub first: Vec<NodeFault>,
+}
+
+/// Faults that are kept to be shown: whoever may patch Nodes can make as many as there are Nodes.
+pub const MAX_FAULTS: usize = 64;
+
+impl Faults {
+    /// Counts every fault and keeps the first ones.
+    pub fn of(faults: impl IntoIterator<Item = NodeFault>) -> Self {
+        let mut all = Self::default();
+        for fault in faults {
+            if let Some(code) = NodeFault::CODES.into_iter().find(|code| *code == fault.code) {
+                *all.counts.entry(code).or_default() += 1;
+            }
+            if all.first.len() < MAX_FAULTS {
+                all.first.push(fault);
+            }
+        }
+        all
+    }
+}
+
+/// What a registry has written since it was started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Writes {
+    /// Writes that were acknowledged.
+    pub done: u64,
+    /// Writes that failed, and are tried again.
+    pub failed: u64,
+}
+
 /// A future of a registry.
 pub type Answer<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
@@ -85,5 +126,15 @@ pub trait Registry: Send {
     /// What is not as it should be, a sentence each.
     fn warnings(&self) -> Vec<String> {
         Vec::new()
+    }
+
+    /// What is wrong with what it reads of others; nothing where somebody else has read and checked it before.
+    fn faults(&self) -> Faults {
+        Faults::default()
+    }
+
+    /// What it has written; none where it writes nothing itself.
+    fn writes(&self) -> Option<Writes> {
+        None
     }
 }

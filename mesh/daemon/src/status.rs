@@ -4,12 +4,13 @@
 use std::collections::BTreeMap;
 
 use ipnet::IpNet;
-use keystone_mesh_core::node::{Location, NodeName};
+use keystone_mesh_core::node::{self, Location, NodeName};
 use keystone_mesh_core::path::Nat;
-use keystone_mesh_core::{NodeId, PublicKey};
+use keystone_mesh_core::{NodeId, PublicKey, directory, plan};
 use serde::{Deserialize, Serialize};
 
 use crate::quic::relay_server::RelaySnapshot;
+use crate::registry::counts::GatewaySnapshot;
 
 /// The whole state of one daemon.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -25,12 +26,16 @@ pub struct Status {
     /// The network's plain WireGuard peers, whichever node serves them.
     #[serde(default)]
     pub plain_peers: Vec<PlainPeer>,
-    /// Nodes that are left out, wholly or in part, because of what their records or approvals say.
+    /// Nodes that are left out, wholly or in part, because of what their records or approvals say; the first ones.
     pub faults: Vec<NodeFault>,
+    /// How many such faults there are, by code; codes that do not occur are left out.
+    pub fault_counts: BTreeMap<String, u64>,
     /// The data plane's totals.
     pub data_plane: DataPlane,
     /// What the control side did.
     pub counts: Counts,
+    /// The gateway, on the control plane.
+    pub gateway: Option<GatewaySnapshot>,
     /// The relay inside this node, where it serves as one.
     pub relay_server: Option<RelaySnapshot>,
     /// What is not as it should be, a sentence each.
@@ -103,6 +108,33 @@ impl Approval {
             Self::None => "none",
         }
     }
+
+    /// What the network's last word, if any, means for the machine `name` with this identity; and where that is not yes,
+    /// what to do.
+    pub fn of(name: &NodeName, identity: NodeId, said: Option<&node::Approval>) -> (Self, Option<String>) {
+        match said {
+            None => {
+                let why =
+                    format!("nobody has approved it yet; run `keystone-mesh approve {name}` on the control plane");
+                (Self::Pending, Some(why))
+            }
+            Some(said) if said.identity != identity => {
+                let why = format!(
+                    "another machine ({}) is approved under its name; if this one takes its place, run `keystone-mesh \
+                     approve {name} --identity {identity}` on the control plane",
+                    said.identity.short()
+                );
+                (Self::Pending, Some(why))
+            }
+            Some(said) if said.is_revoked() => {
+                let why = format!(
+                    "it was put out of the network; `keystone-mesh approve {name}` on the control plane lets it in again"
+                );
+                (Self::Revoked, Some(why))
+            }
+            Some(_) => (Self::Approved, None),
+        }
+    }
 }
 
 /// A node that is left out.
@@ -118,7 +150,7 @@ pub struct NodeFault {
 
 impl NodeFault {
     /// Every code there is.
-    pub const CODES: [&str; 10] = [
+    pub const CODES: [&str; 11] = [
         "not_approved",
         "shared_key",
         "overlap",
@@ -126,10 +158,37 @@ impl NodeFault {
         "record",
         "approval",
         "foreign_approval",
+        "replayed_approval",
         "other_identity",
         "peer",
         "name",
     ];
+
+    /// What the plan leaves out.
+    pub fn of_plan(fault: &plan::Fault) -> Self {
+        let (node, code) = match fault {
+            plan::Fault::NotApproved { name } => (name, "not_approved"),
+            plan::Fault::SharedKey { name, .. } => (name, "shared_key"),
+            plan::Fault::Overlap { name, .. } => (name, "overlap"),
+            plan::Fault::NotRouted { peer, .. } => (peer, "not_routed"),
+        };
+        Self { node: node.to_string(), code: code.to_owned(), says: fault.to_string() }
+    }
+
+    /// What is wrong with the annotations of an object of this name.
+    pub fn of_object(name: &str, fault: &directory::Fault) -> Self {
+        let code = match fault {
+            directory::Fault::Record(_) => "record",
+            directory::Fault::Approval(_) => "approval",
+            directory::Fault::ForeignApproval(_) => "foreign_approval",
+            directory::Fault::ReplayedApproval { .. } => "replayed_approval",
+            directory::Fault::OtherIdentity { .. } => "other_identity",
+            directory::Fault::Peer(_) => "peer",
+            directory::Fault::Name(_) => "name",
+        };
+        // A name may be anything that Kubernetes takes, and no more than 253 characters.
+        Self { node: name.to_owned(), code: code.to_owned(), says: format!("{name}: {fault}") }
+    }
 }
 
 /// One relay connection.
@@ -263,10 +322,12 @@ pub struct Counts {
     pub probes_sent: u64,
     /// Authentic probes received.
     pub probes_received: u64,
-    /// Changes to this node's own record that were handed to the registry.
+    /// Records written: for Kubernetes what the API server has acknowledged, else what was handed to the registry.
     pub registry_writes: u64,
+    /// Writes that failed.
+    pub registry_write_errors: u64,
     /// Times that the registry was lost.
-    pub registry_errors: u64,
+    pub registry_losses: u64,
     /// Addresses, routes and rules put right after somebody else changed them.
     pub kernel_repairs: u64,
     /// Addresses, routes and rules that the kernel refused.

@@ -145,6 +145,6 @@ mod tests {
     fn the_fault_of_another_node_is_a_note_and_does_not_make_this_host_unhealthy() {
         let findings = daemon(&sample());
         assert!(findings.iter().all(|finding| finding.ok || is_note(finding)));
-        assert!(describe(&findings, None).contains("note  other node  broken\n"));
+        assert!(describe(&findings, None).contains("note  other node  worker-odd: broken\n"));
     }
 }

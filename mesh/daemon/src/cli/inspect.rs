@@ -1,13 +1,11 @@
 //! `status` and `peers`.
 
-use std::collections::BTreeSet;
-
 use ipnet::IpNet;
 
 use super::output::{ago, bytes, print, print_json, table};
 use crate::config::Places;
 use crate::control::{self, Answer, Request, not_the_question};
-use crate::status::{NodeFault, Peer, PlainPeer, Registry, Status};
+use crate::status::{Peer, PlainPeer, Registry, Status};
 
 /// Asks the daemon for its status.
 pub(super) async fn fetch(places: &Places) -> anyhow::Result<Status> {
@@ -71,8 +69,10 @@ fn head(status: &Status) -> String {
         let why = relay.reason.as_ref().map_or(String::new(), |why| format!(": {why}"));
         fact("relay", format!("{} {}{rtt}{why}", relay.address, relay.state));
     }
-    if let Some(faults) = faults(&status.faults) {
-        fact("faults", faults);
+    if let Some(first) = status.faults.first() {
+        let count: u64 = status.fault_counts.values().sum();
+        let more = if count > 1 { "; `keystone-mesh doctor` has more" } else { "" };
+        fact("faults", format!("{count}, first {}{more}", first.says));
     }
     for warning in &status.warnings {
         fact("warning", warning.clone());
@@ -100,14 +100,6 @@ pub(super) fn registry(registry: &Registry) -> String {
         text.push_str(" (the snapshot of an earlier run is in force)");
     }
     text
-}
-
-/// How many nodes are left out, and the first of them.
-fn faults(faults: &[NodeFault]) -> Option<String> {
-    let first = faults.first()?;
-    let nodes: BTreeSet<&str> = faults.iter().map(|fault| fault.node.as_str()).collect();
-    let more = if nodes.len() > 1 { "; `keystone-mesh doctor` has them all" } else { "" };
-    Some(format!("{} node{}: {}{more}", nodes.len(), if nodes.len() == 1 { "" } else { "s" }, first.says))
 }
 
 fn peer_table(peers: &[Peer]) -> String {
@@ -169,7 +161,7 @@ mod tests {
             "  approval   approved",
             "  location   home/attic",
             "  registry   embedded, current",
-            "  faults     1 node: broken",
+            "  faults     1, first worker-odd: broken",
             "PLAIN PEER  ADDRESS    SERVED BY  ROUTES",
             "laptop      10.98.0.9  home       192.168.7.0/24",
         ] {
@@ -190,5 +182,31 @@ mod tests {
         assert!(text.contains("  approval   pending: nobody has approved it yet\n"), "{text}");
         let line = "embedded, stale for 5 min: connection refused (the snapshot of an earlier run is in force)";
         assert!(text.contains(&format!("  registry   {line}\n")), "{text}");
+    }
+
+    #[test]
+    fn the_lines_in_docs_are_those_of_the_commands() {
+        let page = include_str!("../../../../docs/operations.md");
+        let said = |line: &str| assert!(page.contains(line), "docs/operations.md has no line `{line}`");
+        let mut status = sample();
+        status.node.name = Some("worker-1".parse().unwrap());
+        (status.node.approval, status.node.approval_reason) =
+            Approval::of(&"worker-1".parse().unwrap(), status.node.identity, None);
+        said(head(&status).lines().find(|line| line.contains("approval")).unwrap());
+
+        (status.registry.kind, status.registry.state) = ("gateway".into(), "stale".into());
+        status.registry.since_s = 300.0;
+        status.registry.reason = Some("the control plane was not reached: ...".into());
+        said(head(&status).lines().find(|line| line.contains("registry")).unwrap());
+        status.registry.known_from = "snapshot".into();
+        said(registry(&status.registry).rsplit_once("... ").unwrap().1);
+
+        for heading in page.lines().filter_map(|line| line.strip_prefix("## ")) {
+            let anchor: String =
+                heading.to_lowercase().chars().filter(|c| c.is_alphanumeric() || " -".contains(*c)).collect();
+            let linked = page.contains(&format!("](#{})", anchor.replace(' ', "-")));
+            let last = ["A direct path comes and goes", "Where the numbers are ours", "Removing it"];
+            assert!(linked || last.contains(&heading), "nothing leads to `{heading}`");
+        }
     }
 }

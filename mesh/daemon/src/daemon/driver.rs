@@ -253,7 +253,7 @@ impl Driver {
                     RegistryState::Stale(_) => tracing::debug!(why, "the registry is still not heard"),
                     RegistryState::None | RegistryState::Waiting | RegistryState::Current => {
                         self.registry_since = now;
-                        self.counts.registry_errors += 1;
+                        self.counts.registry_losses += 1;
                         tracing::warn!(why, "the registry is not heard; what is known stays in force");
                     }
                 }

@@ -4,14 +4,15 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use keystone_mesh_core::mesh::PeerStatus;
-use keystone_mesh_core::node::{Entry, NodeName};
+use keystone_mesh_core::node::{Entry, NodeName, SignedApproval};
 use keystone_mesh_core::path::{Outcome, State, Tried};
 use keystone_mesh_core::plain_peer::SignedPlainPeer;
-use keystone_mesh_core::{NodeId, PublicKey, Via, plan};
+use keystone_mesh_core::{NodeId, PublicKey, Via};
 
 use super::driver::{Driver, RegistryState};
 use crate::dataplane::{PeerStats, Stats};
 use crate::quic::relay_client::RelayState;
+use crate::registry::{Faults, MAX_FAULTS};
 use crate::service::data_plane_cpu;
 use crate::status::{
     Approval, Counts, DataPlane, Handshakes, Node, NodeFault, Peer, PlainPeer, Registry, Relay, Status,
@@ -30,19 +31,18 @@ pub(super) fn status(driver: &Driver, now: Instant) -> Status {
              --route {route}`"
         )
     }));
+    let faults = faults(driver);
     Status {
         node: node(driver, now),
         relays: driver.relays.iter().map(|relay| describe_relay(driver, relay)).collect(),
         registry: registry(driver, now),
         peers,
         plain_peers: driver.mesh.known().2.map(describe_stated).collect(),
-        faults: driver.mesh.faults().iter().map(describe_fault).collect(),
+        faults: faults.first,
+        fault_counts: faults.counts.into_iter().map(|(code, count)| (code.to_owned(), count)).collect(),
         data_plane: data_plane(driver, &stats),
-        counts: Counts {
-            kernel_repairs: driver.keeper.counts().repairs(),
-            kernel_errors: driver.keeper.counts().errors(),
-            ..driver.counts
-        },
+        counts: counts(driver),
+        gateway: driver.uplink.gateway.as_ref().map(|gateway| gateway.snapshot()),
         relay_server: driver.uplink.relays.local().map(|relay| relay.snapshot()),
         warnings,
     }
@@ -83,40 +83,32 @@ fn own_entry(driver: &Driver) -> Option<&Entry> {
 /// What the network says of this node, and what to do where that is not yes.
 fn approval(driver: &Driver, own: Option<&Entry>) -> (Approval, Option<String>) {
     let Some(name) = &driver.start.name else { return (Approval::None, None) };
-    let identity = driver.start.secret.identity().id();
     let membership = driver.start.membership.as_ref();
     let said = own.and_then(|entry| entry.approval.as_ref()).or(membership.and_then(|m| m.approval.as_ref()));
-    match said.map(|approval| approval.get()) {
-        None => (
-            Approval::Pending,
-            Some(format!("nobody has approved it yet; run `keystone-mesh approve {name}` on the control plane")),
-        ),
-        Some(approval) if approval.identity != identity => {
-            let why = format!(
-                "another machine ({}) is approved under its name; on the control plane run `keystone-mesh remove {name}` if \
-                 that machine is gone, then `keystone-mesh approve {name}`",
-                approval.identity.short()
-            );
-            (Approval::Pending, Some(why))
-        }
-        Some(approval) if approval.is_revoked() => {
-            let why = format!(
-                "it was put out of the network; run `keystone-mesh approve {name}` on the control plane to let it in again"
-            );
-            (Approval::Revoked, Some(why))
-        }
-        Some(_) => (Approval::Approved, None),
-    }
+    Approval::of(name, driver.start.secret.identity().id(), said.map(SignedApproval::get))
 }
 
-fn describe_fault(fault: &plan::Fault) -> NodeFault {
-    let (node, code) = match fault {
-        plan::Fault::NotApproved { name } => (name, "not_approved"),
-        plan::Fault::SharedKey { name, .. } => (name, "shared_key"),
-        plan::Fault::Overlap { name, .. } => (name, "overlap"),
-        plan::Fault::NotRouted { peer, .. } => (peer, "not_routed"),
-    };
-    NodeFault { node: node.to_string(), code: code.to_owned(), says: fault.to_string() }
+/// What the plan leaves out, and what the registry reads and cannot use.
+fn faults(driver: &Driver) -> Faults {
+    let mut all = driver.uplink.registry.as_ref().map(|registry| registry.faults()).unwrap_or_default();
+    let planned = Faults::of(driver.mesh.faults().iter().map(NodeFault::of_plan));
+    for (code, count) in planned.counts {
+        *all.counts.entry(code).or_default() += count;
+    }
+    all.first.extend(planned.first);
+    all.first.truncate(MAX_FAULTS);
+    all
+}
+
+fn counts(driver: &Driver) -> Counts {
+    let writes = driver.uplink.registry.as_ref().and_then(|registry| registry.writes());
+    Counts {
+        registry_writes: writes.map_or(driver.counts.registry_writes, |writes| writes.done),
+        registry_write_errors: writes.map_or(0, |writes| writes.failed),
+        kernel_repairs: driver.keeper.counts().repairs(),
+        kernel_errors: driver.keeper.counts().errors(),
+        ..driver.counts
+    }
 }
 
 fn data_plane(driver: &Driver, stats: &Stats) -> DataPlane {

@@ -139,6 +139,8 @@ pub(super) struct Uplink {
     pub(super) registry: Option<Box<dyn Registry>>,
     /// On the control plane: what it knows and decides.
     pub(super) backend: Option<Arc<dyn Backend>>,
+    /// And the gateway to that.
+    pub(super) gateway: Option<Arc<Gateway>>,
     ways: Arc<Mutex<Ways>>,
     serving: Vec<JoinHandle<()>>,
 }
@@ -178,9 +180,10 @@ impl Uplink {
         let mut handlers: Vec<(Protocol, Arc<dyn ConnectionHandler>)> = Vec::new();
         let mut serving = Vec::new();
         let mut spliced: Option<Arc<dyn AcceptSpliced>> = None;
-        if let Some(backend) = &backend {
+        let gateway = backend.as_ref().map(|backend| Arc::new(Gateway::new(backend.clone())));
+        if let Some(gateway) = &gateway {
             let (acceptor, streams) = GatewayAcceptor::new(&identity, WAITING_STREAMS);
-            serving.push(tokio::spawn(serve_gateway(Arc::new(Gateway::new(backend.clone())), streams)));
+            serving.push(tokio::spawn(serve_gateway(gateway.clone(), streams)));
             handlers.push((Protocol::Gateway, acceptor.clone()));
             spliced = Some(acceptor);
         }
@@ -224,7 +227,7 @@ impl Uplink {
             }
             (_, _, None) => None,
         };
-        Ok(Self { endpoint, relays, registry, backend, ways, serving })
+        Ok(Self { endpoint, relays, registry, backend, gateway, ways, serving })
     }
 
     /// The registry's kind, for status.

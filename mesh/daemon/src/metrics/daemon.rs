@@ -1,11 +1,10 @@
 //! The daemon's metrics.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use keystone_mesh_core::DropReason;
 
-use super::{Metric, Page, process, relay};
+use super::{Metric, Page, gateway, process, relay};
 use crate::status::{Approval, NodeFault, Peer, Status};
 
 // --- the node ---
@@ -67,13 +66,13 @@ const REGISTRY_STALE: Metric = Metric::gauge(
     "Seconds since the registry was lost, or waited for; 0 while it is heard.",
 );
 const REGISTRY_WRITES: Metric =
-    Metric::counter("keystone_mesh_registry_writes_total", &[], "Changes of this node's record that were published.");
-const REGISTRY_ERRORS: Metric =
-    Metric::counter("keystone_mesh_registry_errors_total", &[], "Times that the registry was lost.");
+    Metric::counter("keystone_mesh_registry_writes_total", &["result"], "Writes of records, by their result.");
+const REGISTRY_LOSSES: Metric =
+    Metric::counter("keystone_mesh_registry_losses_total", &[], "Times that the registry was lost.");
 const FAULTS: Metric = Metric::gauge(
-    "keystone_mesh_faulty_nodes",
+    "keystone_mesh_node_faults",
     &["code"],
-    "Other nodes that are left out, wholly or in part, by what is wrong with their records or approvals.",
+    "Nodes and plain peers that are left out, wholly or in part, by what is wrong with what is said of them.",
 );
 
 // --- the kernel ---
@@ -109,7 +108,8 @@ const PEER_RECEIVED: Metric =
 const PEER_SENT: Metric =
     Metric::counter("keystone_mesh_peer_sent_bytes_total", &["peer"], "Bytes of WireGuard messages to the peer.");
 
-/// Every metric of the daemon, in the order of the page; those of the process and of a relay inside it follow.
+/// Every metric of the daemon, in the order of the page; those of the process, of the gateway on
+/// the control plane and of a relay inside it follow.
 pub const METRICS: [Metric; 34] = [
     INFO,
     READY,
@@ -135,7 +135,7 @@ pub const METRICS: [Metric; 34] = [
     REGISTRY_UP,
     REGISTRY_STALE,
     REGISTRY_WRITES,
-    REGISTRY_ERRORS,
+    REGISTRY_LOSSES,
     FAULTS,
     REPAIRS,
     KERNEL_ERRORS,
@@ -173,6 +173,9 @@ pub fn page(status: &Status, around: Around) -> Page {
         add_peers(&mut page, &status.peers, around.now);
     }
     process::add(&mut page);
+    if let Some(served) = &status.gateway {
+        gateway::add(&mut page, served);
+    }
     if let Some(server) = &status.relay_server {
         relay::add(&mut page, server);
     }
@@ -223,17 +226,16 @@ fn add_registry(page: &mut Page, status: &Status) {
     let registry = &status.registry;
     let heard = registry.state == "current";
     let waits = matches!(registry.state.as_str(), "connecting" | "stale");
-    let faulty = NodeFault::CODES.map(|code| {
-        let nodes = status.faults.iter().filter(|fault| fault.code == code).map(|fault| (&fault.node, ()));
-        ([code.to_owned()], nodes.collect::<BTreeMap<_, _>>().len() as f64)
-    });
+    let faults =
+        NodeFault::CODES.map(|code| ([code.to_owned()], status.fault_counts.get(code).copied().unwrap_or(0) as f64));
+    let writes = [("ok", status.counts.registry_writes), ("error", status.counts.registry_write_errors)];
     if registry.state != "none" {
         page.add_each(&REGISTRY_UP, [([registry.kind.clone()], f64::from(heard))]);
         page.add(&REGISTRY_STALE, if waits { registry.since_s } else { 0.0 });
     }
-    page.add(&REGISTRY_WRITES, status.counts.registry_writes as f64);
-    page.add(&REGISTRY_ERRORS, status.counts.registry_errors as f64);
-    page.add_each(&FAULTS, faulty);
+    page.add_each(&REGISTRY_WRITES, writes.map(|(result, count)| ([result.to_owned()], count as f64)));
+    page.add(&REGISTRY_LOSSES, status.counts.registry_losses as f64);
+    page.add_each(&FAULTS, faults);
 }
 
 fn add_peers(page: &mut Page, peers: &[Peer], now: Duration) {

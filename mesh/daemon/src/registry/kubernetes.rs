@@ -19,7 +19,7 @@ use tokio::sync::{broadcast, watch};
 
 use self::hub::{Heard, Hub};
 use super::backend::{Change, Watched};
-use super::{Answer, Event, Registry};
+use super::{Answer, Event, Faults, Registry, Writes};
 
 /// One node's registry in Kubernetes.
 #[derive(Debug)]
@@ -94,5 +94,13 @@ impl Registry for KubernetesRegistry {
 
     fn warnings(&self) -> Vec<String> {
         self.hub.warnings()
+    }
+
+    fn faults(&self) -> Faults {
+        self.hub.faults()
+    }
+
+    fn writes(&self) -> Option<Writes> {
+        Some(self.hub.writes())
     }
 }

@@ -14,6 +14,7 @@ use tokio::sync::{Semaphore, broadcast, mpsc};
 
 use super::backend::{Backend, Change, Watched};
 use super::client::MAX_FRAME;
+use super::counts::{GatewayCounters, GatewaySnapshot, Opening};
 use crate::quic::frames::{self, StreamError};
 
 /// How long a client may take to say what it wants, and to take an answer.
@@ -28,6 +29,7 @@ pub struct Gateway {
     backend: Arc<dyn Backend>,
     throttle: Mutex<Throttle>,
     sessions: Semaphore,
+    counters: GatewayCounters,
 }
 
 /// Who is at the other end of a session.
@@ -44,12 +46,19 @@ pub struct Caller {
 impl Gateway {
     /// A gateway to what the backend knows.
     pub fn new(backend: Arc<dyn Backend>) -> Self {
-        Self { backend, throttle: Mutex::default(), sessions: Semaphore::new(MAX_SESSIONS) }
+        let sessions = Semaphore::new(MAX_SESSIONS);
+        Self { backend, throttle: Mutex::default(), sessions, counters: GatewayCounters::default() }
+    }
+
+    /// What it has done so far, and how many sessions there are.
+    pub fn snapshot(&self) -> GatewaySnapshot {
+        self.counters.snapshot(MAX_SESSIONS - self.sessions.available_permits())
     }
 
     /// Serves one session to its end. Errors end the session, and only that.
     pub async fn serve<S: AsyncRead + AsyncWrite + Send + 'static>(&self, stream: S, caller: Caller) {
         let Ok(_place) = self.sessions.try_acquire() else {
+            self.counters.full();
             tracing::warn!(caller = %caller.address, "gateway is full; session refused");
             return;
         };
@@ -66,7 +75,10 @@ impl Gateway {
     ) -> Result<(), StreamError> {
         let (mut input, mut output) = tokio::io::split(stream);
         let first = frames::read_within::<ToGateway>(&mut input, MAX_QUESTION, PATIENCE).await?;
-        let name = match self.open(first, caller).await {
+        let opening = Opening::of(&first);
+        let opened = self.open(first, caller).await;
+        self.counters.opened(opening, &opened);
+        let name = match opened {
             Ok((name, greeting)) => {
                 if let Some(greeting) = greeting {
                     say(&mut output, &greeting).await?;

@@ -63,7 +63,8 @@ pub(crate) fn sample() -> Status {
             peer(3, "worker-sym", "relayed", Some("no answer from 2 addresses")),
         ],
         plain_peers: vec![],
-        faults: vec![NodeFault { node: "worker-odd".into(), code: "record".into(), says: "broken".into() }],
+        faults: vec![NodeFault { node: "worker-odd".into(), code: "record".into(), says: "worker-odd: broken".into() }],
+        fault_counts: BTreeMap::from([("record".to_owned(), 1)]),
         data_plane: DataPlane {
             up: true,
             live_sessions: 2,
@@ -71,6 +72,10 @@ pub(crate) fn sample() -> Status {
             ..DataPlane::default()
         },
         counts: Counts { path_changes: 4, ..Counts::default() },
+        gateway: Some(GatewaySnapshot {
+            joins: BTreeMap::from([("token-unknown".to_owned(), 2)]),
+            ..GatewaySnapshot::default()
+        }),
         relay_server: Some(RelaySnapshot::default()),
         warnings: vec![],
     }
@@ -142,4 +147,31 @@ fn what_is_written_reads_back() {
     let text = serde_json::to_string(&sample()).unwrap();
     let read: Status = serde_json::from_str(&text).unwrap();
     assert_eq!(serde_json::to_string(&read).unwrap(), text);
+}
+
+#[test]
+fn what_the_network_says_is_told_with_the_command() {
+    let name: NodeName = "worker-1".parse().unwrap();
+    let id = |byte: u8| Secret::from_bytes([byte; 32]).identity().id();
+    let said = |addresses: &[&str]| node::Approval {
+        network: id(1),
+        name: name.clone(),
+        identity: id(2),
+        addresses: addresses.iter().map(|net| net.parse().unwrap()).collect(),
+        routes: vec![],
+        endpoints: vec![],
+        relays: vec![],
+        location: None,
+        serial: 1,
+    };
+    let in_force = said(&["10.98.0.2/32"]);
+    assert_eq!(Approval::of(&name, id(2), Some(&in_force)), (Approval::Approved, None));
+    for (identity, approval, state, words) in [
+        (id(2), None, Approval::Pending, "run `keystone-mesh approve worker-1` on the control plane".to_owned()),
+        (id(3), Some(in_force), Approval::Pending, format!("approve worker-1 --identity {}", id(3))),
+        (id(2), Some(said(&[])), Approval::Revoked, "it was put out of the network".to_owned()),
+    ] {
+        let (found, why) = Approval::of(&name, identity, approval.as_ref());
+        assert!(found == state && why.as_ref().is_some_and(|why| why.contains(&words)), "{why:?}");
+    }
 }

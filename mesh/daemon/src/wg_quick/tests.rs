@@ -259,6 +259,7 @@ fn wg_quick_and_wg_themselves_read_the_file() {
     let stripped = match Command::new("wg-quick").arg("strip").arg(&path).output() {
         Ok(output) => output,
         Err(error) => {
+            assert!(std::env::var_os("CI").is_none(), "wg-quick: {error}, and in CI nothing is skipped");
             eprintln!("SKIPPED: wg-quick ({error}); Debian has it in `wireguard-tools`");
             return;
         }

@@ -1,6 +1,14 @@
 //! The kubernetes registry against a real API server.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(clippy::wildcard_enum_match_arm, reason = "a test waits for one event of many")]
 
+mod agent;
+mod approver;
+mod command;
+mod handover;
+mod join;
+mod outage;
+mod peer;
 mod publish;
 mod world;

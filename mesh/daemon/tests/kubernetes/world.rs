@@ -60,12 +60,12 @@ pub(crate) fn record(byte: u8, name: &str, seq: u64) -> SignedRecord {
 
 /// What the controller would let machine `byte` do.
 pub(crate) fn approval(byte: u8, name: &str, serial: u64) -> SignedApproval {
-    approval_of(secret(byte).identity().id(), name, byte, serial)
+    approval_of(&network_key(), secret(byte).identity().id(), name, byte, serial)
 }
 
-pub(crate) fn approval_of(identity: NodeId, name: &str, host: u8, serial: u64) -> SignedApproval {
+pub(crate) fn approval_of(network: &Identity, identity: NodeId, name: &str, host: u8, serial: u64) -> SignedApproval {
     let approval = Approval {
-        network: network_key().id(),
+        network: network.id(),
         name: name.parse().unwrap(),
         identity,
         addresses: vec![format!("10.98.0.{host}/32").parse().unwrap()],
@@ -75,7 +75,7 @@ pub(crate) fn approval_of(identity: NodeId, name: &str, host: u8, serial: u64) -
         location: None,
         serial,
     };
-    approval.sign(&network_key())
+    approval.sign(network)
 }
 
 /// Applies our custom resources and waits until they are served.

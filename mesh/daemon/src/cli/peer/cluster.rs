@@ -93,7 +93,7 @@ impl Cluster {
             if let Some(stated) = statement(name, &peer, key)? {
                 return Ok(stated);
             }
-            if Instant::now() >= deadline {
+            if Instant::now() >= deadline || is_final(&peer) {
                 return Err(not_stated(name, &peer, &self.namespace, patience));
             }
             tokio::time::sleep(POLL).await;
@@ -163,6 +163,14 @@ fn statement(name: &NodeName, peer: &Peer, key: Option<&PublicKey>) -> anyhow::R
     Ok(stated
         .map(|stated| stated.get().clone())
         .filter(|stated| stated.public_key.to_string() == wanted && !stated.is_revoked()))
+}
+
+/// Whether the controller has seen the object as it is and says no; what it says may change with the cluster, not soon.
+fn is_final(peer: &Peer) -> bool {
+    ready(peer).is_some_and(|verdict| {
+        verdict.status == "False"
+            && verdict.observed_generation.is_some_and(|seen| Some(seen) >= peer.metadata.generation)
+    })
 }
 
 /// Why a peer that was waited for has no statement.

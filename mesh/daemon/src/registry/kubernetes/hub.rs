@@ -32,6 +32,8 @@ use super::write;
 use crate::kube_api::access::Access;
 use crate::kube_api::watch::{self as collection, Collection, Object, Pace, Told};
 use crate::registry::backend::{CHANGES, Change, Watched};
+use crate::registry::{Faults, Writes};
+use crate::status::NodeFault;
 
 /// What watches tell and waits for the hub; a watch beyond waits at its stream.
 const TOLD: usize = 256;
@@ -134,6 +136,8 @@ struct View {
     entries: BTreeMap<NodeName, Entry>,
     peers: BTreeMap<NodeName, SignedPlainPeer>,
     warnings: Vec<String>,
+    faults: Faults,
+    writes: Writes,
     nodes: std::collections::BTreeSet<String>,
 }
 
@@ -224,6 +228,16 @@ impl Hub {
     /// What is not as it should be, a sentence each.
     pub fn warnings(&self) -> Vec<String> {
         self.view().warnings.clone()
+    }
+
+    /// What is wrong with what objects say.
+    pub fn faults(&self) -> Faults {
+        self.view().faults.clone()
+    }
+
+    /// What was written.
+    pub fn writes(&self) -> Writes {
+        self.view().writes
     }
 
     /// The changes from this moment on.
@@ -357,7 +371,7 @@ impl Work {
             }
             Told::Resumed => Heard::Current,
             Told::Changed(object) => {
-                self.changed(kind, object);
+                self.changed(kind, &object);
                 return;
             }
             Told::Deleted(object) => {
@@ -409,20 +423,20 @@ impl Work {
         self.take(changes);
     }
 
-    fn changed(&mut self, kind: Kind, object: Object) {
+    fn changed(&mut self, kind: Kind, object: &Object) {
         let changes = match kind {
             Kind::Nodes => {
-                self.desk.handle_object(Carrier::Node, &object);
+                self.desk.handle_object(Carrier::Node, object);
                 self.view().nodes.insert(object.name.clone());
-                self.directory.handle_object(Carrier::Node, &plain(&object))
+                self.directory.handle_object(Carrier::Node, &plain(object))
             }
             Kind::Members => {
-                self.desk.handle_object(Carrier::Member, &object);
-                self.directory.handle_object(Carrier::Member, &plain(&object))
+                self.desk.handle_object(Carrier::Member, object);
+                self.directory.handle_object(Carrier::Member, &plain(object))
             }
-            Kind::Peers => self.directory.handle_peer(&plain(&object)),
+            Kind::Peers => self.directory.handle_peer(&plain(object)),
             Kind::Network => {
-                self.network(&object);
+                self.network(object);
                 Vec::new()
             }
         };
@@ -479,6 +493,8 @@ impl Work {
     /// Changes become visible in the order in which they are told.
     fn take(&mut self, changes: Vec<directory::Change>) {
         let mut view = self.view.lock().unwrap_or_else(PoisonError::into_inner);
+        let faults = self.directory.faults().flat_map(|(name, faults)| faults.iter().map(move |fault| (name, fault)));
+        view.faults = Faults::of(faults.map(|(name, fault)| NodeFault::of_object(name, fault)));
         for change in changes {
             let change = match change {
                 directory::Change::Changed(entry) => {
@@ -570,6 +586,13 @@ impl Work {
 
     fn written(&mut self, done: Done) {
         let now = Instant::now();
+        let failed = match &done {
+            Done::Record(_, answer) => answer.is_err(),
+            Done::Document(answer) => answer.is_err(),
+        };
+        let mut view = self.view();
+        *if failed { &mut view.writes.failed } else { &mut view.writes.done } += 1;
+        drop(view);
         match done {
             Done::Record(write, answer) => {
                 if let Err(failure) = &answer {

@@ -46,7 +46,7 @@ pub(super) async fn document(access: &Access, network: &SignedNetwork) -> Result
     let answer = send(access, &path, NETWORK_CONFIG_MAP, &apply(), &Patch::Apply(patch), false).await;
     answer.map_err(|failure| match failure {
         Failure::Moved => Failure::Unavailable(format!("there is no namespace {} (yet)", access.namespace())),
-        failure => failure,
+        Failure::Forbidden(_) | Failure::Invalid(_) | Failure::Unavailable(_) => failure,
     })
 }
 
