@@ -19,10 +19,9 @@ use keystone_mesh_core::node::{NodeName, SignedRecord};
 use tokio::sync::watch;
 use zeroize::Zeroizing;
 
-use super::Writes;
 use super::kubernetes::KubernetesRegistry;
 use super::kubernetes::hub::{Heard, Hub, Known, Start};
-use super::{Answer, Event, Faults, Registry};
+use super::{Answer, Event, Faults, Registry, Writes};
 use crate::clock::unix_now;
 use crate::kube_api::access::{Access, Grant};
 use crate::kube_api::watch::Pace;
