@@ -246,6 +246,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_page_in_docs_has_the_very_metrics() {
+        let page = include_str!("../../docs/metrics.md");
+        let (_, section) = page.split_once("<!-- controller: begin -->\n").unwrap();
+        let (section, _) = section.split_once("<!-- controller: end -->").unwrap();
+        let cells = |row: &str| row.trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect::<Vec<_>>();
+        let rows: Vec<Vec<String>> = section.lines().skip(2).map(cells).collect();
+        let told: Vec<[&str; 3]> = rows.iter().map(|row| [row[0].trim_matches('`'), &row[1], &row[3]]).collect();
+        let described = descriptions();
+        let helps: Vec<String> = described.iter().map(|metric| format!("{}.", metric.help)).collect();
+        let expected: Vec<[&str; 3]> =
+            described.iter().zip(&helps).map(|(metric, help)| [&metric.name, metric.kind, help]).collect();
+        assert_eq!(told, expected);
+    }
+
+    #[test]
     fn every_description_is_what_a_scrape_says() {
         let metrics = Metrics::default();
         metrics.nodes.get_or_create(&State::of("approved")).set(1);

@@ -1,0 +1,64 @@
+{{/* Labels of every object; the version is on those that people look at. */}}
+{{- define "keystone-mesh.labels" -}}
+app.kubernetes.io/part-of: keystone-mesh
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+{{- end }}
+
+{{/* What selects the pods of a part, and never changes. */}}
+{{- define "keystone-mesh.agent.selector" -}}
+app.kubernetes.io/name: keystone-mesh
+app.kubernetes.io/component: agent
+{{- end }}
+{{- define "keystone-mesh.controller.selector" -}}
+app.kubernetes.io/name: keystone-mesh
+app.kubernetes.io/component: controller
+{{- end }}
+
+{{- define "keystone-mesh.image" -}}
+{{- with .Values.image -}}
+{{- if .digest -}}
+{{ .repository }}@{{ .digest }}
+{{- else -}}
+{{ .repository }}:{{ .tag | default $.Chart.AppVersion }}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/* Where the API server is, for pods that run before the service network does. client-go and kube-rs read these. */}}
+{{- define "keystone-mesh.apiServer" -}}
+{{- with .Values.apiServer.host }}
+- name: KUBERNETES_SERVICE_HOST
+  value: {{ . | quote }}
+- name: KUBERNETES_SERVICE_PORT
+  value: {{ $.Values.apiServer.port | quote }}
+{{- end }}
+{{- end }}
+
+{{/*
+An API token of our own choice of life, where in-cluster clients look for it. Takes the context and the life in seconds.
+*/}}
+{{- define "keystone-mesh.token" -}}
+name: api-access
+projected:
+  defaultMode: {{ .mode }}
+  sources:
+    - serviceAccountToken: {path: token, expirationSeconds: {{ .seconds }}}
+    - configMap:
+        name: kube-root-ca.crt
+        items: [{key: ca.crt, path: ca.crt}]
+    - downwardAPI:
+        items: [{path: namespace, fieldRef: {fieldPath: metadata.namespace}}]
+{{- end }}
+
+{{/*
+The annotations that a node's daemon writes: `Writer::Node` of the contract (docs/annotations.md), as a CEL list. A test
+holds the list to the code.
+*/}}
+{{- define "keystone-mesh.recordKeys" -}}
+[
+  {{- range $at, $key := list "endpoints" "identity" "key-proof" "nat" "public-key" "relay" "routes-wanted" "seq" "signature" "version" }}
+  {{- if $at }}, {{ end -}}
+  'mesh.keystone.cluster/{{ $key }}'
+  {{- end -}}
+]
+{{- end }}

@@ -1,0 +1,1 @@
+//! The image: built without a registry, and run by a real containerd.
