@@ -31,7 +31,7 @@ help: ## List the tasks
 
 .PHONY: lab
 lab: ## Play the home-and-cloud scenario with real daemons on a small internet (ARGS='--list' for others)
-	cargo build --locked --release -p keystone-mesh -p keystone-scenarios
+	cargo build --locked --release -p keystone-mesh -p keystone-controller -p keystone-scenarios
 	$(TARGET)/release/keystone-lab $(ARGS)
 
 ##### Tests
@@ -73,7 +73,7 @@ bench: ## Micro-benchmarks (criterion); ARGS='seal' for some
 
 .PHONY: bench-peers
 bench-peers: deps test-peers ## Throughput and CPU against raw veth, wireguard-go and boringtun-cli, interleaved
-	cargo build --locked --release -p keystone-mesh -p keystone-scenarios
+	cargo build --locked --release -p keystone-mesh -p keystone-controller -p keystone-scenarios
 	PATH=$$(tests/peers/install --path):$$PATH $(TARGET)/release/keystone-lab bench-peers $(ARGS)
 
 ##### Checks
