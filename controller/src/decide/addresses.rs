@@ -31,7 +31,7 @@ pub(super) fn assign<'a>(
     peers: &[&NodeName],
     now: Now,
 ) -> Addresses<'a> {
-    let mut book = Book { network, ledger: view.ledger().clone(), now: now / 1000, changes: Changes::default() };
+    let mut book = Book { network, stored: view.ledger(), wanted: None, now: now / 1000, changes: Changes::default() };
     let mut addresses = Addresses::default();
     book.settle(view, census);
     let mut machines: Vec<&Machine<'_>> = census.machines.values().collect();
@@ -60,7 +60,9 @@ pub(super) fn assign<'a>(
 /// The ledger as it is to be.
 struct Book<'a> {
     network: &'a Network,
-    ledger: Ledger,
+    stored: &'a Ledger,
+    /// A copy, from the first change on: most passes change nothing.
+    wanted: Option<Ledger>,
     /// Seconds since 1970.
     now: u64,
     changes: Changes,
@@ -115,9 +117,9 @@ impl Book<'_> {
             Holder::Node(name, _) => census.machines.get(name).and_then(Machine::admitted).map(|(_, host)| host),
             Holder::Peer(_) => None,
         };
-        let Some(host) = approved.or_else(|| self.ledger.held_by(holder)) else { return };
+        let Some(host) = approved.or_else(|| self.stored.held_by(holder)) else { return };
         self.release(holder);
-        self.ledger.adopt(host, holder);
+        self.wanted().adopt(host, holder);
     }
 
     fn enter(&mut self, machine: &Machine<'_>) -> Result<(), (Holder, Exhausted)> {
@@ -128,7 +130,7 @@ impl Book<'_> {
             }
             Standing::Adopting(identity, host) => {
                 let holder = Holder::Node(machine.name.clone(), identity);
-                if self.ledger.adopt(host, &holder) {
+                if self.wanted().adopt(host, &holder) {
                     self.changes.claimed.push(format!("{holder} (it had {host} before)"));
                     return Ok(());
                 }
@@ -148,24 +150,28 @@ impl Book<'_> {
     }
 
     fn claim(&mut self, holder: &Holder) -> Result<(), Exhausted> {
-        if self.ledger.held_by(holder).is_none() {
-            self.ledger.claim(self.network, holder, self.now)?;
+        if self.wanted.as_ref().unwrap_or(self.stored).held_by(holder).is_none() {
+            let (network, now) = (self.network, self.now);
+            self.wanted().claim(network, holder, now)?;
             self.changes.claimed.push(holder.to_string());
         }
         Ok(())
     }
 
     fn release(&mut self, holder: &Holder) {
-        self.ledger.release(holder, self.now);
+        let now = self.now;
+        self.wanted().release(holder, now);
         self.changes.released.push(holder.to_string());
     }
 
+    fn wanted(&mut self) -> &mut Ledger {
+        self.wanted.get_or_insert_with(|| self.stored.clone())
+    }
+
     fn edits(self, view: &ClusterView) -> Vec<Action> {
-        if self.changes.claimed.is_empty() && self.changes.released.is_empty() {
-            return Vec::new();
-        }
+        let Some(wanted) = self.wanted else { return Vec::new() };
         let reason = self.changes.to_string();
-        let edits = self.ledger.edits_since(view.ledger());
+        let edits = wanted.edits_since(self.stored);
         let action = |edit: keystone_mesh_core::ledger::PageEdit| Action {
             effect: Effect::Ledger { resource_version: view.page_version(edit.page).map(str::to_owned), edit },
             reason: reason.clone(),
