@@ -53,8 +53,9 @@ test-peers-path: ## Print the directory of `wireguard` (wireguard-go) and `borin
 	@tests/peers/install --path
 
 .PHONY: test-assets
-test-assets: ## Build the Kubernetes and etcd that the tests run (some minutes, once per version)
+test-assets: ## Build the Kubernetes, etcd and Helm that the tests run (some minutes, once per version)
 	tests/assets/install
+	tests/assets/install-helm
 
 .PHONY: test-assets-path
 test-assets-path: ## Print the directory of kube-apiserver, etcd, kubelet, kubectl, ...
