@@ -11,8 +11,10 @@ SHELL := /bin/bash
 CACHE := $(or $(KEYSTONE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/keystone-mesh)
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
+CARGO_CYCLONEDX_VERSION := 0.5.9
 CARGO_DENY_VERSION := 0.20.2
 CARGO_FUZZ_VERSION := 0.13.2
+CARGO_CYCLONEDX := $(CACHE)/cargo-cyclonedx-$(CARGO_CYCLONEDX_VERSION)/bin/cargo-cyclonedx
 CARGO_DENY := $(CACHE)/cargo-deny-$(CARGO_DENY_VERSION)/bin/cargo-deny
 CARGO_FUZZ := $(CACHE)/cargo-fuzz-$(CARGO_FUZZ_VERSION)/bin/cargo-fuzz
 
@@ -93,6 +95,27 @@ advisories: $(CARGO_DENY) ## Known vulnerabilities of our crates; fetches the Ru
 doc: ## Build the API documentation; warnings are errors
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps
 
+##### Kubernetes
+
+.PHONY: image
+image: $(CARGO_CYCLONEDX) ## Build the container image and its bill of materials into out/ (PROFILE=dev for a quick one)
+	deploy/image/build
+	PATH=$(dir $(CARGO_CYCLONEDX)):$$PATH deploy/image/sbom
+
+.PHONY: chart
+chart: ## Check the Helm chart with every set of values (builds Helm, some minutes, once per version)
+	helm=$$(tests/assets/install-helm)/helm; \
+	for values in deploy/chart/keystone-mesh/{values.yaml,ci/*}; do \
+		$$helm lint --strict --quiet deploy/chart/keystone-mesh --values $$values; \
+		$$helm template keystone-mesh deploy/chart/keystone-mesh --namespace keystone-mesh --values $$values >/dev/null; \
+	done
+
+.PHONY: manifests
+manifests: ## Render deploy/manifests from the chart, and deploy/crds from the code
+	cargo run --locked --quiet -p keystone-controller -- crds --directory deploy/crds
+	deploy/manifests/render >deploy/manifests/keystone-mesh.yaml.new
+	mv deploy/manifests/keystone-mesh.yaml.new deploy/manifests/keystone-mesh.yaml
+
 ##### The machine
 
 .PHONY: deps
@@ -109,7 +132,7 @@ clean-cache: ## Remove the tools and test peers outside of the checkout
 	rm -rf $(CACHE)
 
 # Some minutes on two cores, once per version.
-$(CARGO_DENY) $(CARGO_FUZZ):
+$(CARGO_CYCLONEDX) $(CARGO_DENY) $(CARGO_FUZZ):
 	tool=$(notdir $@); root=$(patsubst %/bin/$(notdir $@),%,$@); \
 	echo "building $$tool $${root##*-}"; \
 	env -u CARGO_TARGET_DIR nice cargo install --quiet --locked --root $$root --version $${root##*-} $$tool

@@ -30,9 +30,11 @@ pub(super) fn secret(places: &Places, namespace: &str) -> anyhow::Result<()> {
     ensure!(control_plane, "this machine is not the control plane of a network; run this on that host");
     let secret = state.secret()?.context("the secret is missing")?;
     let seed = Zeroizing::new(base64::engine::general_purpose::STANDARD.encode(*secret.identity().seed()));
-    // A Secret's data is Base64 once more; as stringData the API server does that.
+    // A Secret's data is Base64 once more; as stringData the API server does that. The DaemonSet's pods need the label where
+    // the cluster's default level is a stricter one.
     let manifest = Zeroizing::new(format!(
-        "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: {namespace}\n---\napiVersion: v1\nkind: Secret\nmetadata:\n  name: \
+        "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: {namespace}\n  labels:\n    \
+         pod-security.kubernetes.io/enforce: privileged\n---\napiVersion: v1\nkind: Secret\nmetadata:\n  name: \
          {NETWORK_KEY_SECRET}\n  namespace: {namespace}\ntype: Opaque\nstringData:\n  {NETWORK_KEY_FIELD}: {}\n",
         *seed
     ));
