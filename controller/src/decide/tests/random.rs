@@ -391,9 +391,9 @@ fn five_thousand_nodes_are_decided_within_a_blink() {
         if round > 2 {
             world.report("worker-0", &peers);
         }
-        let begun = std::time::Instant::now();
+        let begun = on_cpu();
         let actions = reconcile(&world.controller.view, world.now).actions;
-        let took = begun.elapsed();
+        let took = on_cpu() - begun;
         println!("round {round}: {} actions in {took:?}", actions.len());
         idle = if actions.is_empty() { idle.min(took) } else { idle };
         if round > 30 {
@@ -403,4 +403,11 @@ fn five_thousand_nodes_are_decided_within_a_blink() {
         world.pass(SECOND);
     }
     println!("with nothing to do: {idle:?} at best");
+}
+
+/// How long this thread was on a processor (proc_pid_schedstat(5)): other work on the machine does not count.
+fn on_cpu() -> std::time::Duration {
+    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    let nanos = stat.split(' ').next().and_then(|nanos| nanos.parse().ok());
+    std::time::Duration::from_nanos(nanos.unwrap_or(0))
 }
