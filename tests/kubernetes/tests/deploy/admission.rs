@@ -238,55 +238,59 @@ fn an_agent_changes_its_own_record_and_nothing_else() {
 
 #[test]
 fn the_gateway_publishes_for_every_node_and_approves_none() {
-    with_api_server("admission::the_gateway_publishes_for_every_node_and_approves_none", Options::default(), |server| {
-        world(server)?;
-        let gateway = server.service_account(NAMESPACE, GATEWAY_ACCOUNT)?;
-        for node in ["worker-1", "worker-2"] {
-            for key in names(Writer::Node) {
-                change(server, &gateway, node, annotate(key, "mirrored"))?;
-                change_member(server, &gateway, "nas", annotate(key, "mirrored"))?;
+    with_api_server(
+        "admission::the_gateway_publishes_for_every_node_and_approves_none",
+        Options::default(),
+        |server| {
+            world(server)?;
+            let gateway = server.service_account(NAMESPACE, GATEWAY_ACCOUNT)?;
+            for node in ["worker-1", "worker-2"] {
+                for key in names(Writer::Node) {
+                    change(server, &gateway, node, annotate(key, "mirrored"))?;
+                    change_member(server, &gateway, "nas", annotate(key, "mirrored"))?;
+                }
+                for key in names(Writer::Controller).chain(names(Writer::Person)) {
+                    denied_by("keystone-mesh-annotations", key, change(server, &gateway, node, annotate(key, "mine")))?;
+                }
+                let label = json!({"metadata": {"labels": {"a": "b"}}});
+                denied_by("keystone-mesh-nodes", "a label", change(server, &gateway, node, label))?;
             }
-            for key in names(Writer::Controller).chain(names(Writer::Person)) {
-                denied_by("keystone-mesh-annotations", key, change(server, &gateway, node, annotate(key, "mine")))?;
+            for key in names(Writer::Controller) {
+                let forged = change_member(server, &gateway, "nas", annotate(key, "mine"));
+                denied_by("keystone-mesh-annotations", key, forged)?;
             }
-            let label = json!({"metadata": {"labels": {"a": "b"}}});
-            denied_by("keystone-mesh-nodes", "a label", change(server, &gateway, node, label))?;
-        }
-        for key in names(Writer::Controller) {
-            let forged = change_member(server, &gateway, "nas", annotate(key, "mine"));
-            denied_by("keystone-mesh-annotations", key, forged)?;
-        }
-        change_member(server, &gateway, "nas", json!({"spec": {"routes": ["10.7.0.0/16"]}}))?;
+            change_member(server, &gateway, "nas", json!({"spec": {"routes": ["10.7.0.0/16"]}}))?;
 
-        // It lets machines and peers in, without their approval.
-        let member = |annotations: Value| {
-            json!({
-                "apiVersion": "mesh.keystone.cluster/v1alpha1", "kind": "Member",
-                "metadata": {"name": "joined", "annotations": annotations}, "spec": {"identity": "b".repeat(52)},
+            // It lets machines and peers in, without their approval.
+            let member = |annotations: Value| {
+                json!({
+                    "apiVersion": "mesh.keystone.cluster/v1alpha1", "kind": "Member",
+                    "metadata": {"name": "joined", "annotations": annotations}, "spec": {"identity": "b".repeat(52)},
+                })
+            };
+            let peer = |annotations: Value| {
+                json!({
+                    "apiVersion": "mesh.keystone.cluster/v1alpha1", "kind": "Peer",
+                    "metadata": {"name": "phone", "annotations": annotations},
+                    "spec": {"publicKey": "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg="},
+                })
+            };
+            let own = |key: &str| json!({format!("{PREFIX}{key}"): "mine"});
+            server.with_client(&gateway, async |client| {
+                let (members, peers) = (Api::<Member>::all(client.clone()), Api::<Peer>::all(client));
+                let params = PostParams::default();
+                let forged = members.create(&params, &serde_json::from_value(member(own("approved")))?).await;
+                denied_by("keystone-mesh-annotations", "an approved Member", forged.map(drop).map_err(Into::into))?;
+                members.create(&params, &serde_json::from_value(member(own("identity")))?).await?;
+                for key in plain_peer::KEYS {
+                    let forged = peers.create(&params, &serde_json::from_value(peer(own(key)))?).await;
+                    denied_by("keystone-mesh-annotations", key, forged.map(drop).map_err(Into::into))?;
+                }
+                peers.create(&params, &serde_json::from_value(peer(json!({})))?).await?;
+                Ok(())
             })
-        };
-        let peer = |annotations: Value| {
-            json!({
-                "apiVersion": "mesh.keystone.cluster/v1alpha1", "kind": "Peer",
-                "metadata": {"name": "phone", "annotations": annotations},
-                "spec": {"publicKey": "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg="},
-            })
-        };
-        let own = |key: &str| json!({format!("{PREFIX}{key}"): "mine"});
-        server.with_client(&gateway, async |client| {
-            let (members, peers) = (Api::<Member>::all(client.clone()), Api::<Peer>::all(client));
-            let params = PostParams::default();
-            let forged = members.create(&params, &serde_json::from_value(member(own("approved")))?).await;
-            denied_by("keystone-mesh-annotations", "an approved Member", forged.map(drop).map_err(Into::into))?;
-            members.create(&params, &serde_json::from_value(member(own("identity")))?).await?;
-            for key in plain_peer::KEYS {
-                let forged = peers.create(&params, &serde_json::from_value(peer(own(key)))?).await;
-                denied_by("keystone-mesh-annotations", key, forged.map(drop).map_err(Into::into))?;
-            }
-            peers.create(&params, &serde_json::from_value(peer(json!({})))?).await?;
-            Ok(())
-        })
-    });
+        },
+    );
 }
 
 #[test]
@@ -315,9 +319,8 @@ fn kubelets_leave_the_annotations_of_the_mesh_alone_and_people_do_not_have_to() 
             nodes.create(&PostParams::default(), &serde_json::from_value(bare)?).await?;
             Ok(())
         })?;
-        change_status(server, &fresh, "fresh", json!({"status": {"nodeInfo": {}}})).or_else(|_incomplete| {
-            change_status(server, &fresh, "fresh", json!({"status": {"phase": "Running"}}))
-        })?;
+        change_status(server, &fresh, "fresh", json!({"status": {"nodeInfo": {}}}))
+            .or_else(|_incomplete| change_status(server, &fresh, "fresh", json!({"status": {"phase": "Running"}})))?;
 
         // People write wishes, and in an emergency anything.
         let person = server.user("somebody", Some("system:masters"))?;

@@ -84,9 +84,7 @@ fn promtool_finds_no_fault_and_the_rules_do_what_their_tests_say() {
         return;
     }
     let promtool = |arguments: &[&str]| {
-        run(Command::new(tool::find("promtool").unwrap())
-            .current_dir(repository("deploy/monitoring"))
-            .args(arguments))
+        run(Command::new(tool::find("promtool").unwrap()).current_dir(repository("deploy/monitoring")).args(arguments))
     };
     promtool(&["check", "rules", "alerts.yaml"]).unwrap();
     let said = promtool(&["test", "rules", "alerts.test.yaml"]).unwrap();
@@ -95,9 +93,14 @@ fn promtool_finds_no_fault_and_the_rules_do_what_their_tests_say() {
     // As Prometheus itself parses them, the dashboard's queries are queries.
     let dashboard: Value = serde_json::from_str(DASHBOARD).unwrap();
     let mut rules = String::from("groups:\n  - name: dashboard\n    rules:\n");
-    for target in dashboard["panels"].as_array().unwrap().iter().flat_map(|panel| panel["targets"].as_array()).flatten() {
+    for target in dashboard["panels"].as_array().unwrap().iter().flat_map(|panel| panel["targets"].as_array()).flatten()
+    {
         let query = target["expr"].as_str().unwrap().replace("$__rate_interval", "5m").replace("$instance", ".*");
-        rules.push_str(&format!("      - {{record: 'a:b', labels: {{id: '{}'}}, expr: {}}}\n", rules.len(), Value::from(query)));
+        rules.push_str(&format!(
+            "      - {{record: 'a:b', labels: {{id: '{}'}}, expr: {}}}\n",
+            rules.len(),
+            Value::from(query)
+        ));
     }
     let file = std::env::temp_dir().join(format!("keystone-dashboard-{}.yaml", std::process::id()));
     fs::write(&file, rules).unwrap();

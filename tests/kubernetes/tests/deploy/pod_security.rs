@@ -57,7 +57,11 @@ fn the_namespace_admits_its_pods_and_claims_no_more_than_is_needed() {
         let mut controller = shipped("Deployment", "keystone-controller")["spec"]["template"].clone();
         assert_eq!(violations(server, "privileged", &controller)?, [""; 0]);
         for level in ["baseline", "restricted"] {
-            assert_eq!(violations(server, level, &controller)?, ["host namespaces", "probe or lifecycle host"], "{level}");
+            assert_eq!(
+                violations(server, level, &controller)?,
+                ["host namespaces", "probe or lifecycle host"],
+                "{level}"
+            );
         }
         let spec = controller["spec"].as_object_mut().unwrap();
         spec.remove("hostNetwork");
