@@ -27,7 +27,7 @@ const AGENT_MEMORY: u64 = 40 << 20;
 const CHANGE_P99: Duration = Duration::from_secs(2);
 
 /// Daemons that stay for the simulated nodes: each of them verifies every record and every approval.
-const AGENTS: usize = 10;
+const AGENTS: usize = 5;
 
 /// Changes of which each is waited for everywhere before the next.
 const CHANGES: usize = 50;
@@ -62,12 +62,17 @@ pub(in crate::scenario) fn play(stage: &mut Stage, story: &mut Story, options: &
     story.step(&format!("{} daemons stay", daemons.len()));
     let relay: NodeId = plane.mesh.relay_address.split('@').next().unwrap_or_default().parse()?;
     let fleet = Fleet::new("sim", options.nodes, relay)?;
-    let registered = register(story, &plane, &fleet)?;
+    let mut bill = Bill::begin(&plane, &daemons)?;
+    let registered = register(story, &plane, &fleet, &daemons)?;
+    bill.tell(story, "all of that")?;
     wait_calm(&plane)?;
+    bill.tell(story, "what followed until nothing more was written")?;
     let changes = changes(story, &plane, &fleet, options)?;
+    bill.tell(story, &format!("{CHANGES} changes"))?;
 
     story.chapter("Nodes come and go");
     let comings = comings(story, &plane, relay, &daemons)?;
+    bill.tell(story, &format!("{COMINGS} comings and goings"))?;
     let memory = memory(story, &plane.controller, &daemons)?;
     Ok(json!({
         "daemons": options.daemons,
@@ -159,7 +164,7 @@ fn delete(story: &mut Story, plane: &Plane, daemons: &mut Vec<Arc<Node>>) -> Res
     Ok(gone)
 }
 
-fn register(story: &mut Story, plane: &Plane, fleet: &Fleet) -> Result<Value> {
+fn register(story: &mut Story, plane: &Plane, fleet: &Fleet, daemons: &[Arc<Node>]) -> Result<Value> {
     let start = Instant::now();
     let admin = plane.server.admin();
     plane.server.with_client(admin, async |client| fleet.register(&client).await)?;
@@ -178,7 +183,16 @@ fn register(story: &mut Story, plane: &Plane, fleet: &Fleet) -> Result<Value> {
     })?;
     let approved = start.elapsed();
     story.step(&format!("all are approved after {}", millis(approved)));
-    Ok(json!({ "written_ms": in_millis(written), "approved_ms": in_millis(approved) }))
+    for daemon in daemons {
+        daemon.wait_until("it knows all of them", FLEET_PATIENCE, |status| status.peers.len() >= all)?;
+    }
+    let known = start.elapsed();
+    story.step(&format!("all daemons know all of them after {}", millis(known)));
+    Ok(json!({
+        "written_ms": in_millis(written),
+        "approved_ms": in_millis(approved),
+        "known_ms": in_millis(known),
+    }))
 }
 
 /// Nodes change what they say of themselves, one after the other; all watches must hear of it.
@@ -255,6 +269,36 @@ fn each_until(daemons: &[Arc<Node>], peer: &str, known: bool, start: Instant) ->
         Ok(waiting.is_empty().then_some(()))
     })?;
     Ok(times)
+}
+
+/// Tells who used how much CPU since the last time.
+struct Bill {
+    processes: Vec<(&'static str, u32, Duration)>,
+}
+
+impl Bill {
+    fn begin(plane: &Plane, daemons: &[Arc<Node>]) -> Result<Self> {
+        let ids = [
+            ("API server", plane.server.id()),
+            ("controller", Some(plane.controller.id())),
+            ("home's daemon", plane.mesh.home.id()),
+            ("another daemon", daemons.first().and_then(|daemon| daemon.id())),
+            ("this program", Some(std::process::id())),
+        ];
+        let read = |(name, id): (_, Option<u32>)| id.map(|id| Ok((name, id, Usage::of(id)?.cpu)));
+        Ok(Self { processes: ids.into_iter().filter_map(read).collect::<Result<_>>()? })
+    }
+
+    fn tell(&mut self, story: &Story, what: &str) -> Result<()> {
+        let mut parts = Vec::new();
+        for (name, id, before) in &mut self.processes {
+            let cpu = Usage::of(*id)?.cpu;
+            parts.push(format!("{name} {}", millis(cpu.saturating_sub(*before))));
+            *before = cpu;
+        }
+        story.step(&format!("CPU of {what}: {}", parts.join(", ")));
+        Ok(())
+    }
 }
 
 fn memory(story: &mut Story, controller: &Process, daemons: &[Arc<Node>]) -> Result<Value> {
