@@ -1,18 +1,20 @@
 //! Carries out one effect: the request to the API server, and what its answer means.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::{ConfigMap, Taint};
 use keystone_mesh_api::{CONTROLLER_MANAGER, JoinToken, LEDGER_LABEL, LEDGER_PREFIX, Member, Peer};
-use keystone_mesh_core::annotations;
+use keystone_mesh_core::annotations::{self, Writer};
 use keystone_mesh_core::directory::Carrier;
 use keystone_mesh_core::key::Identity;
 use keystone_mesh_core::ledger::PageEdit;
+use keystone_mesh_core::plain_peer;
 use kube::api::{DeleteParams, ObjectMeta, Patch, PatchParams, PostParams, Preconditions};
 use kube::core::Status;
 use kube::{Api, Client, Resource};
 use serde::de::DeserializeOwned;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::decide::{Effect, Target};
 use crate::lease::Leadership;
@@ -78,15 +80,16 @@ impl Applier {
         match effect {
             Effect::Ledger { edit, resource_version } => self.write_page(edit, resource_version).await,
             Effect::Approve { carrier, target, approval } => {
-                let metadata = json!({"annotations": annotations::of_approval(&approval.sign(&self.key))});
+                let wanted = annotations::of_approval(&approval.sign(&self.key));
+                let keys: Vec<_> = annotations::names(Writer::Controller).collect();
                 match carrier {
-                    Carrier::Node => self.apply_to::<SlimNode>(&target, json!({"metadata": metadata}), node).await,
-                    Carrier::Member => self.apply_to::<Member>(&target, json!({"metadata": metadata}), member).await,
+                    Carrier::Node => self.annotate::<SlimNode>(&target, &wanted, &keys, node).await,
+                    Carrier::Member => self.annotate::<Member>(&target, &wanted, &keys, member).await,
                 }
             }
             Effect::StatePeer { target, peer: statement } => {
-                let metadata = json!({"annotations": statement.sign(&self.key).to_annotations()});
-                self.apply_to::<Peer>(&target, json!({"metadata": metadata}), peer).await
+                let wanted = statement.sign(&self.key).to_annotations();
+                self.annotate::<Peer>(&target, &wanted, plain_peer::KEYS, peer).await
             }
             Effect::MemberStatus { target, status } => {
                 self.replace_status::<Member>(&target, json!(status), member).await
@@ -152,13 +155,32 @@ impl Applier {
         Ok(Some(Object::Page(Box::new(written))))
     }
 
-    async fn apply_to<K>(&self, target: &Target, wanted: Value, object: fn(K) -> Object) -> kube::Result<Option<Object>>
+    /// These annotations, and none of the other `keys`: an apply takes away only what is our own, and what somebody else
+    /// put beside it would break the signature.
+    async fn annotate<K>(
+        &self,
+        target: &Target,
+        wanted: &BTreeMap<String, String>,
+        keys: &[&str],
+        object: fn(K) -> Object,
+    ) -> kube::Result<Option<Object>>
     where
         K: Resource<DynamicType = ()> + Clone + DeserializeOwned + std::fmt::Debug,
     {
-        let api = Api::<K>::all(self.client.clone());
-        let patch = Patch::Apply(identified::<K>(target, wanted));
-        Ok(Some(object(api.patch(target.name.as_str(), &ours().force(), &patch).await?)))
+        let (api, name) = (Api::<K>::all(self.client.clone()), target.name.as_str());
+        let patch = Patch::Apply(identified::<K>(target, json!({"metadata": {"annotations": wanted}})));
+        let written = api.patch(name, &ours().force(), &patch).await?;
+        let there = written.meta().annotations.clone().unwrap_or_default();
+        let keys = keys.iter().map(|key| format!("{}{key}", annotations::PREFIX));
+        let foreign: Map<String, Value> = keys
+            .filter(|key| there.contains_key(key) && !wanted.contains_key(key))
+            .map(|key| (key, Value::Null))
+            .collect();
+        if foreign.is_empty() {
+            return Ok(Some(object(written)));
+        }
+        let patch = json!({"metadata": {"uid": target.uid, "annotations": foreign}});
+        Ok(Some(object(api.patch(name, &ours(), &Patch::Merge(patch)).await?)))
     }
 
     /// The whole status. The API server takes no notice of a uid beside a custom resource's status, so it is tested.

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test may fail wherever it likes")]
 #![expect(clippy::print_stdout, reason = "figures of a run are worth reading")]
 
+mod accounts;
 mod approval;
 mod crds;
 mod effects;

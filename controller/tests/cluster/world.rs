@@ -50,7 +50,8 @@ pub(crate) fn in_world(name: &str, test: impl FnOnce(World<'_>) -> Result<()>) {
 }
 
 impl<'a> World<'a> {
-    fn new(server: &'a mut ApiServer) -> Result<Self> {
+    /// The world around an API server that just started.
+    pub(crate) fn new(server: &'a mut ApiServer) -> Result<Self> {
         let key = Secret::from_bytes([1; 32]).identity();
         let network = Network {
             id: key.id(),
@@ -233,6 +234,11 @@ impl Machine {
     /// Its identity.
     pub(crate) fn id(&self) -> NodeId {
         self.identity.id()
+    }
+
+    /// What it signs with.
+    pub(crate) fn identity(&self) -> &Identity {
+        &self.identity
     }
 
     /// Its signed record.
