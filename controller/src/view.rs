@@ -40,6 +40,10 @@ pub const ROUTES_CONDITION: &str = "MeshRoutes";
 /// The Node condition that says which annotations of people have no effect; absent where all had.
 pub const WISHES_CONDITION: &str = "MeshWishes";
 
+/// One watch may be behind another for so long, in milliseconds: the API server ends one that is silent, and a bookmark
+/// comes every minute; a healthy one is behind by less than a second.
+const WATCH_LAG: u64 = 30_000;
+
 /// A cloud claim that is gone is remembered for so long, in milliseconds: its Node lingers for minutes, not hours.
 const CLAIM_MEMORY: u64 = 3_600_000;
 
@@ -185,6 +189,7 @@ pub struct ClusterView {
     directory: Directory,
     departed: BTreeMap<NodeName, NodeId>,
     reports: reports::Reports,
+    caught_up_at: Now,
 }
 
 impl ClusterView {
@@ -206,6 +211,7 @@ impl ClusterView {
             directory: Directory::new(network, Vec::new(), Vec::new()),
             departed: BTreeMap::new(),
             reports: reports::Reports::default(),
+            caught_up_at: 0,
         }
     }
 
@@ -352,9 +358,11 @@ impl ClusterView {
         self.listed.insert(kind);
     }
 
-    /// This controller has become the one that asks reporters. What was reported to it before counts no more, and a
-    /// node that nobody reports on is called Unknown only a report's life after this.
+    /// This controller has become the leader. What its predecessor saw may still be on its way here, so for a little while
+    /// nothing counts as gone that was never seen; what was reported to it before counts no more, and a node that nobody
+    /// reports on is called Unknown only a report's life after this.
     pub fn handle_leading(&mut self, now: Now) {
+        self.caught_up_at = now.saturating_add(WATCH_LAG);
         self.reports = reports::Reports::since(now);
     }
 
@@ -465,6 +473,11 @@ impl ClusterView {
     /// The identity that was pinned to this name when the Node of this name went, where its claim is still held.
     pub(crate) fn departed(&self, name: &NodeName) -> Option<NodeId> {
         self.departed.get(name).copied()
+    }
+
+    /// When this view shows everything that the leader before saw: until then, what is absent may be late.
+    pub(crate) fn caught_up_at(&self) -> Now {
+        self.caught_up_at
     }
 
     pub(crate) fn reports(&self) -> &reports::Reports {

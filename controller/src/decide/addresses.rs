@@ -31,7 +31,14 @@ pub(super) fn assign<'a>(
     peers: &[&NodeName],
     now: Now,
 ) -> Addresses<'a> {
-    let mut book = Book { network, stored: view.ledger(), wanted: None, now: now / 1000, changes: Changes::default() };
+    let mut book = Book {
+        network,
+        stored: view.ledger(),
+        wanted: None,
+        now: now / 1000,
+        caught_up: now >= view.caught_up_at(),
+        changes: Changes::default(),
+    };
     let mut addresses = Addresses::default();
     book.settle(view, census);
     let mut machines: Vec<&Machine<'_>> = census.machines.values().collect();
@@ -65,6 +72,8 @@ struct Book<'a> {
     wanted: Option<Ledger>,
     /// Seconds since 1970.
     now: u64,
+    /// Whether what is absent is gone, also where it was never seen.
+    caught_up: bool,
     changes: Changes,
 }
 
@@ -99,10 +108,10 @@ impl Book<'_> {
                         | Standing::Changed { .. }
                         | Standing::Revoked(_)
                         | Standing::Leaving,
-                    )
-                    | None => false,
+                    ) => false,
+                    None => !self.caught_up && view.departed(name) != Some(*id),
                 },
-                Holder::Peer(name) => view.peers().contains_key(name),
+                Holder::Peer(name) => view.peers().contains_key(name) || !self.caught_up,
             };
             if !stays {
                 self.release(holder);

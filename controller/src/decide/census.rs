@@ -235,7 +235,10 @@ impl<'a> Taker<'a> {
         let mut leftover = None;
         let outlived = |member: &MemberView| match node {
             // The condition tells that there was a Node; the memory tells it where that was not written yet.
-            None => member.had_node() || self.view.departed(name) == Some(member.identity),
+            None => {
+                let caught_up = self.now >= self.view.caught_up_at();
+                (member.had_node() && caught_up) || self.view.departed(name) == Some(member.identity)
+            }
             Some(node) => self.succeeds(name, node) && self.view.departed(name) == Some(member.identity),
         };
         if member.is_some_and(outlived) {
@@ -257,6 +260,10 @@ impl<'a> Taker<'a> {
 
     /// How a machine stands that is or was in the network. None: it has to be judged.
     fn settled(&self, machine: &Machine<'a>) -> Option<Standing> {
+        if machine.node.is_none() && machine.member.is_some_and(MemberView::had_node) {
+            // The Node may just not be seen yet.
+            return Some(Standing::Undecided(self.view.caught_up_at()));
+        }
         if machine.node.is_none() && machine.leftover.is_some() {
             return Some(Standing::Leaving);
         }

@@ -89,9 +89,11 @@ fn worth_an_event(verdict: &Verdict) -> bool {
 
 fn of_member(context: &Context<'_>, machine: &Machine<'_>, member: &MemberView) -> Option<Action> {
     let mut status = member.status.clone();
-    let theirs = machine.admitted().filter(|(identity, _)| *identity == member.identity);
-    status.addresses =
-        theirs.map(|(_, host)| conditions::hosts(&addresses_of(context.network, host))).unwrap_or_default();
+    if !matches!(machine.standing, Standing::Undecided(_)) {
+        let theirs = machine.admitted().filter(|(identity, _)| *identity == member.identity);
+        let addresses = theirs.map(|(_, host)| conditions::hosts(&addresses_of(context.network, host)));
+        status.addresses = addresses.unwrap_or_default();
+    }
     let node = machine.node.map(|_| Verdict::yes(NODE_CONDITION, "NodeFound", "there is a Node of this name"));
     let other = machine.admitted().filter(|(identity, _)| *identity != member.identity);
     let approved = match other {

@@ -338,7 +338,33 @@ fn a_node_that_went_while_no_controller_ran_is_noticed_by_its_claim() {
     world.api.nodes.remove("worker-1");
     world.restart();
     world.settle();
+    world.now = world.decide().again_at.unwrap();
+    world.settle();
     assert_eq!(world.ledger().live().count(), 0);
+}
+
+#[test]
+fn what_a_new_leader_does_not_see_yet_is_not_gone() {
+    let mut world = World::plain();
+    world.approved("worker-1", 2);
+    world.peer("phone", 50, |peer| peer.node = Some("worker-1".into()));
+    world.settle();
+    let node = world.api.nodes.remove("worker-1").unwrap();
+    let peer = world.api.peers.remove("phone").unwrap();
+    world.restart();
+    world.pass(SECOND);
+    assert!(world.decide().actions.is_empty(), "the watch of Nodes is behind that of Members and of the ledger");
+    let before = world.ledger();
+    world.api.nodes.insert("worker-1".into(), node);
+    world.api.peers.insert("phone".into(), peer);
+    world.settle();
+    assert_eq!(world.ledger(), before);
+    assert!(world.is_in("worker-1"));
+    // But what was seen to go is gone.
+    world.api.nodes.remove("worker-1");
+    world.settle();
+    assert!(world.api.members.is_empty());
+    assert_eq!(world.ledger().pinned(&"worker-1".parse().unwrap()), None);
 }
 
 #[test]
