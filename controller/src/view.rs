@@ -19,7 +19,7 @@ use keystone_mesh_core::NodeId;
 use keystone_mesh_core::annotations::Decoded;
 use keystone_mesh_core::directory::{Carrier, Directory, Object};
 use keystone_mesh_core::facts::{FieldError, Malformed};
-use keystone_mesh_core::ledger::Ledger;
+use keystone_mesh_core::ledger::{Holder, Ledger};
 use keystone_mesh_core::network::{Network, SignedNetwork};
 use keystone_mesh_core::node::{NameError, NodeName};
 
@@ -188,6 +188,8 @@ pub struct ClusterView {
     // What is known of nodes beyond what their objects carry at this moment.
     directory: Directory,
     departed: BTreeMap<NodeName, NodeId>,
+    /// Holders of addresses whose last object was seen to go.
+    seen_off: BTreeSet<Holder>,
     reports: reports::Reports,
     caught_up_at: Now,
 }
@@ -210,6 +212,7 @@ impl ClusterView {
             pages: BTreeMap::new(),
             directory: Directory::new(network, Vec::new(), Vec::new()),
             departed: BTreeMap::new(),
+            seen_off: BTreeSet::new(),
             reports: reports::Reports::default(),
             caught_up_at: 0,
         }
@@ -291,6 +294,7 @@ impl ClusterView {
         self.note(Kind::LedgerPage, name, faults.into_iter().map(ObjectFault::from).collect());
         let ledger = &self.ledger;
         self.departed.retain(|name, id| ledger.pinned(name).is_some_and(|(_, pinned)| pinned == *id));
+        self.seen_off.retain(|holder| ledger.held_by(holder).is_some());
     }
 
     /// The network's document came or changed. The last good one stays.
@@ -317,13 +321,23 @@ impl ClusterView {
                 if let Ok(name) = name.parse() {
                     self.node_departed(&name);
                     self.nodes.remove(&name);
+                    self.see_off(&name);
                 }
             }
             Kind::Member => {
                 self.directory.handle_deleted(Carrier::Member, name);
-                self.members.retain(|known, _| known.as_str() != name);
+                if let Ok(name) = name.parse() {
+                    self.members.remove(&name);
+                    self.see_off(&name);
+                }
             }
-            Kind::Peer => self.peers.retain(|known, _| known.as_str() != name),
+            Kind::Peer => {
+                if let Ok(name) = name.parse::<NodeName>() {
+                    self.peers.remove(&name);
+                    self.seen_off
+                        .extend(Some(Holder::Peer(name)).filter(|holder| self.ledger.held_by(holder).is_some()));
+                }
+            }
             Kind::JoinToken => drop(self.tokens.remove(name)),
             Kind::LedgerPage => {
                 if let Some(number) = page_number(name) {
@@ -393,6 +407,11 @@ impl ClusterView {
         if let Some((_, pinned)) = self.ledger.pinned(name) {
             self.departed.insert(name.clone(), pinned);
         }
+    }
+
+    /// Remembers who held an address under this name, for the pass that gives it back.
+    fn see_off(&mut self, name: &NodeName) {
+        self.seen_off.extend(self.ledger.pinned(name).map(|(_, id)| Holder::Node(name.clone(), id)));
     }
 
     fn claim_gone(&mut self, kind: CloudKind, name: &str, now: Now) {
@@ -473,6 +492,11 @@ impl ClusterView {
     /// The identity that was pinned to this name when the Node of this name went, where its claim is still held.
     pub(crate) fn departed(&self, name: &NodeName) -> Option<NodeId> {
         self.departed.get(name).copied()
+    }
+
+    /// Whether an object of this holder was seen to go.
+    pub(crate) fn was_seen_off(&self, holder: &Holder) -> bool {
+        self.seen_off.contains(holder)
     }
 
     /// When this view shows everything that the leader before saw: until then, what is absent may be late.
