@@ -109,9 +109,11 @@ impl Book<'_> {
                         | Standing::Revoked(_)
                         | Standing::Leaving,
                     ) => false,
-                    None => !self.caught_up && view.departed(name) != Some(*id),
+                    None => !self.caught_up && !view.was_seen_off(holder),
                 },
-                Holder::Peer(name) => view.peers().contains_key(name) || !self.caught_up,
+                Holder::Peer(name) => {
+                    view.peers().contains_key(name) || (!self.caught_up && !view.was_seen_off(holder))
+                }
             };
             if !stays {
                 self.release(holder);
