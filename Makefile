@@ -33,7 +33,7 @@ help: ## List the tasks
 
 .PHONY: lab
 lab: ## Play the home-and-cloud scenario with real daemons on a small internet (ARGS='--list' for others)
-	cargo build --locked --release -p keystone-mesh -p keystone-scenarios
+	cargo build --locked --release -p keystone-mesh -p keystone-controller -p keystone-scenarios
 	$(TARGET)/release/keystone-lab $(ARGS)
 
 ##### Tests
@@ -55,8 +55,9 @@ test-peers-path: ## Print the directory of `wireguard` (wireguard-go) and `borin
 	@tests/peers/install --path
 
 .PHONY: test-assets
-test-assets: ## Build the Kubernetes and etcd that the tests run (some minutes, once per version)
+test-assets: ## Build the Kubernetes, etcd and Helm that the tests run (some minutes, once per version)
 	tests/assets/install
+	tests/assets/install-helm
 
 .PHONY: test-assets-path
 test-assets-path: ## Print the directory of kube-apiserver, etcd, kubelet, kubectl, ...
@@ -75,7 +76,7 @@ bench: ## Micro-benchmarks (criterion); ARGS='seal' for some
 
 .PHONY: bench-peers
 bench-peers: deps test-peers ## Throughput and CPU against raw veth, wireguard-go and boringtun-cli, interleaved
-	cargo build --locked --release -p keystone-mesh -p keystone-scenarios
+	cargo build --locked --release -p keystone-mesh -p keystone-controller -p keystone-scenarios
 	PATH=$$(tests/peers/install --path):$$PATH $(TARGET)/release/keystone-lab bench-peers $(ARGS)
 
 ##### Checks

@@ -78,7 +78,8 @@ pub fn reconcile(view: &ClusterView, now: Now) -> Decision {
 
     let exhausted = (!addresses.without.is_empty()).then(|| now.saturating_add(EXHAUSTED_RETRY));
     let lapse = view.reports().lapse(now, view.settings().report_life);
-    let again_at = [changes_at, exhausted, lapse, undecided(&census)].into_iter().flatten().min();
+    let caught_up = Some(view.caught_up_at()).filter(|at| *at > now);
+    let again_at = [changes_at, exhausted, lapse, caught_up, undecided(&census)].into_iter().flatten().min();
     let gauges = gauges::count(view, network, &census, &routes, &ready, now);
     Decision { actions, gauges, again_at }
 }

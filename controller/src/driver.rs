@@ -225,6 +225,7 @@ impl Driver {
     fn handle_leadership(&mut self, leads: bool) {
         self.wiring.metrics.leader.set(leads.into());
         if leads {
+            self.wiring.index.handle_leading(now());
             self.mark();
             self.not_before = Instant::now();
         } else {

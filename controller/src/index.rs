@@ -100,6 +100,11 @@ impl Index {
         was_known
     }
 
+    /// This replica has become the leader.
+    pub fn handle_leading(&mut self, now: Now) {
+        self.view.handle_leading(now);
+    }
+
     /// A reporter answered.
     pub fn handle_report(&mut self, report: Report) {
         self.view.handle_report(report);

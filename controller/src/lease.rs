@@ -1,6 +1,6 @@
 //! Which of the controller's replicas acts: leader election over a coordination.k8s.io Lease.
 //!
-//! [`Election`] decides, [`run`] reads and writes the Lease. The rules are client-go's:
+//! `Election` decides, [`run`] reads and writes the Lease. The rules are client-go's:
 //!
 //! ```text
 //!   leader     renews every RETRY; believes in itself for RENEW_DEADLINE after it *sent* the last renewal that succeeded

@@ -4,25 +4,26 @@
 //! object that does not read is a typed fault beside the view and stops no other. A view decides nothing; it is also no
 //! cache of whole objects, but what decisions need of them.
 
+mod border;
 mod cloud;
 mod node;
 mod reports;
 mod resources;
+mod settings;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{ConfigMap, Node};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use keystone_mesh_api::{JoinToken, LEDGER_PREFIX, Member, Peer};
 use keystone_mesh_core::NodeId;
-use keystone_mesh_core::annotations::Decoded;
 use keystone_mesh_core::directory::{Carrier, Directory, Object};
 use keystone_mesh_core::facts::{FieldError, Malformed};
-use keystone_mesh_core::ledger::Ledger;
+use keystone_mesh_core::ledger::{Holder, Ledger};
 use keystone_mesh_core::network::{Network, SignedNetwork};
-use keystone_mesh_core::node::{NameError, NodeName};
+use keystone_mesh_core::node::NodeName;
 
+use self::border::{Meta, identity_of, page_number, statement_faults};
 pub use cloud::{CloudClaim, CloudKind};
 pub use node::NodeView;
 pub(crate) use node::{INSTANCE_TYPE, REGION, ZONE};
@@ -30,6 +31,7 @@ pub(crate) use reports::Evidence;
 pub use reports::{Reach, Report, Reporter};
 pub(crate) use resources::NODE as NODE_CONDITION;
 pub use resources::{MemberView, PeerView, PlainSpec, TokenView};
+pub use settings::{Policy, Settings};
 
 /// The Node condition that says whether peers reach the node.
 pub use keystone_mesh_api::READY_CONDITION;
@@ -40,62 +42,15 @@ pub const ROUTES_CONDITION: &str = "MeshRoutes";
 /// The Node condition that says which annotations of people have no effect; absent where all had.
 pub const WISHES_CONDITION: &str = "MeshWishes";
 
+/// One watch may be behind another for so long, in milliseconds: the API server ends one that is silent, and a bookmark
+/// comes every minute; a healthy one is behind by less than a second.
+const WATCH_LAG: u64 = 30_000;
+
 /// A cloud claim that is gone is remembered for so long, in milliseconds: its Node lingers for minutes, not hours.
 const CLAIM_MEMORY: u64 = 3_600_000;
 
 /// Wall-clock time in milliseconds since 1970.
 pub type Now = u64;
-
-/// Who approves a Node's first record.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Policy {
-    /// Only a Member of the same identity: made by a join with a token, or by a person (`keystone-mesh approve`).
-    #[default]
-    Member,
-    /// Besides, the first record of every Node is approved, and its identity pinned.
-    Auto,
-}
-
-/// What people set, by flags.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Settings {
-    /// Who approves a Node's first record.
-    pub policy: Policy,
-    /// Networks that any Node may be the way to when it (`routes-wanted`) or a person (`routes-extra`) asks.
-    pub allowed_routes: Vec<IpNet>,
-    /// Networks inside which `spec.podCIDRs` must be; empty: anywhere.
-    pub pod_cidrs: Vec<IpNet>,
-    /// Whether to initialise Nodes: provider ID, topology labels, addresses, the cloud provider's taint. For clusters
-    /// whose cloud controller is off.
-    pub node_init: bool,
-    /// Whether to put the startup taint on fresh Nodes. Lifting it is always done.
-    pub startup_taint: bool,
-    /// A Node gets the startup taint only up to this age, in milliseconds.
-    pub fresh: u64,
-    /// How long a Node has to be out of reach before `MeshReady` turns False, in milliseconds.
-    pub unready_after: u64,
-    /// How long a Node that was out of reach has to be reached before `MeshReady` turns True again, in milliseconds.
-    pub ready_after: u64,
-    /// How long a report counts, in milliseconds; without any, `MeshReady` turns Unknown.
-    pub report_life: u64,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            policy: Policy::default(),
-            allowed_routes: Vec::new(),
-            pod_cidrs: Vec::new(),
-            node_init: false,
-            startup_taint: true,
-            fresh: 10 * 60_000,
-            // A node controller calls a silent kubelet unready after 40 s; the mesh should not be quicker to judge.
-            unready_after: 40_000,
-            ready_after: 10_000,
-            report_life: 180_000,
-        }
-    }
-}
 
 /// Which objects are watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -184,7 +139,10 @@ pub struct ClusterView {
     // What is known of nodes beyond what their objects carry at this moment.
     directory: Directory,
     departed: BTreeMap<NodeName, NodeId>,
+    /// Holders of addresses whose last object was seen to go.
+    seen_off: BTreeSet<Holder>,
     reports: reports::Reports,
+    caught_up_at: Now,
 }
 
 impl ClusterView {
@@ -205,7 +163,9 @@ impl ClusterView {
             pages: BTreeMap::new(),
             directory: Directory::new(network, Vec::new(), Vec::new()),
             departed: BTreeMap::new(),
+            seen_off: BTreeSet::new(),
             reports: reports::Reports::default(),
+            caught_up_at: 0,
         }
     }
 
@@ -285,6 +245,7 @@ impl ClusterView {
         self.note(Kind::LedgerPage, name, faults.into_iter().map(ObjectFault::from).collect());
         let ledger = &self.ledger;
         self.departed.retain(|name, id| ledger.pinned(name).is_some_and(|(_, pinned)| pinned == *id));
+        self.seen_off.retain(|holder| ledger.held_by(holder).is_some());
     }
 
     /// The network's document came or changed. The last good one stays.
@@ -311,13 +272,23 @@ impl ClusterView {
                 if let Ok(name) = name.parse() {
                     self.node_departed(&name);
                     self.nodes.remove(&name);
+                    self.see_off(&name);
                 }
             }
             Kind::Member => {
                 self.directory.handle_deleted(Carrier::Member, name);
-                self.members.retain(|known, _| known.as_str() != name);
+                if let Ok(name) = name.parse() {
+                    self.members.remove(&name);
+                    self.see_off(&name);
+                }
             }
-            Kind::Peer => self.peers.retain(|known, _| known.as_str() != name),
+            Kind::Peer => {
+                if let Ok(name) = name.parse::<NodeName>() {
+                    self.peers.remove(&name);
+                    self.seen_off
+                        .extend(Some(Holder::Peer(name)).filter(|holder| self.ledger.held_by(holder).is_some()));
+                }
+            }
             Kind::JoinToken => drop(self.tokens.remove(name)),
             Kind::LedgerPage => {
                 if let Some(number) = page_number(name) {
@@ -352,9 +323,11 @@ impl ClusterView {
         self.listed.insert(kind);
     }
 
-    /// This controller has become the one that asks reporters. What was reported to it before counts no more, and a
-    /// node that nobody reports on is called Unknown only a report's life after this.
+    /// This controller has become the leader. What its predecessor saw may still be on its way here, so for a little while
+    /// nothing counts as gone that was never seen; what was reported to it before counts no more, and a node that nobody
+    /// reports on is called Unknown only a report's life after this.
     pub fn handle_leading(&mut self, now: Now) {
+        self.caught_up_at = now.saturating_add(WATCH_LAG);
         self.reports = reports::Reports::since(now);
     }
 
@@ -385,6 +358,11 @@ impl ClusterView {
         if let Some((_, pinned)) = self.ledger.pinned(name) {
             self.departed.insert(name.clone(), pinned);
         }
+    }
+
+    /// Remembers who held an address under this name, for the pass that gives it back.
+    fn see_off(&mut self, name: &NodeName) {
+        self.seen_off.extend(self.ledger.pinned(name).map(|(_, id)| Holder::Node(name.clone(), id)));
     }
 
     fn claim_gone(&mut self, kind: CloudKind, name: &str, now: Now) {
@@ -467,6 +445,16 @@ impl ClusterView {
         self.departed.get(name).copied()
     }
 
+    /// Whether an object of this holder was seen to go.
+    pub(crate) fn was_seen_off(&self, holder: &Holder) -> bool {
+        self.seen_off.contains(holder)
+    }
+
+    /// When this view shows everything that the leader before saw: until then, what is absent may be late.
+    pub(crate) fn caught_up_at(&self) -> Now {
+        self.caught_up_at
+    }
+
     pub(crate) fn reports(&self) -> &reports::Reports {
         &self.reports
     }
@@ -480,69 +468,4 @@ impl ClusterView {
     pub fn faults(&self) -> impl Iterator<Item = (Kind, &str, &[ObjectFault])> {
         self.faults.iter().map(|((kind, name), faults)| (*kind, name.as_str(), faults.as_slice()))
     }
-}
-
-/// What every named object has.
-#[derive(Clone, Debug)]
-struct Meta {
-    name: NodeName,
-    uid: String,
-    created: Now,
-    deleting: bool,
-}
-
-impl Meta {
-    fn parse(meta: &ObjectMeta) -> Result<Self, ObjectFault> {
-        let name = meta.name.as_deref().unwrap_or_default();
-        Ok(Self {
-            name: name.parse().map_err(|error: NameError| ObjectFault::Object(error.to_string()))?,
-            uid: meta.uid.clone().unwrap_or_default(),
-            created: meta.creation_timestamp.as_ref().map_or(0, millis),
-            deleting: meta.deletion_timestamp.is_some(),
-        })
-    }
-}
-
-/// Milliseconds since 1970.
-fn millis(time: &Time) -> Now {
-    u64::try_from(time.0.as_millisecond()).unwrap_or(0)
-}
-
-/// What is wrong with the statements that an object carries.
-fn statement_faults(mesh: &Decoded, ours: NodeId) -> Vec<ObjectFault> {
-    let mut faults = Vec::new();
-    faults.extend(mesh.record.as_ref().err().cloned().map(ObjectFault::from));
-    match &mesh.approval {
-        Ok(Some(signed)) if signed.get().network != ours => {
-            faults.push(ObjectFault::OtherNetwork { found: signed.get().network, ours });
-        }
-        Ok(_) => {}
-        Err(malformed) => faults.push(malformed.clone().into()),
-    }
-    faults.extend(mesh.wish_faults.iter().cloned().map(ObjectFault::from));
-    faults
-}
-
-/// The identity whose record an object carries.
-fn identity_of(mesh: &Decoded) -> Option<NodeId> {
-    mesh.record.as_ref().ok()?.as_ref().map(|signed| signed.get().identity)
-}
-
-fn page_number(name: &str) -> Option<u32> {
-    name.strip_prefix(LEDGER_PREFIX)?.parse().ok()
-}
-
-/// Networks in text, without host bits; those that do not read are told.
-fn networks(texts: &[String], field: &str, faults: &mut Vec<ObjectFault>) -> Vec<IpNet> {
-    let mut good = Vec::with_capacity(texts.len());
-    for text in texts {
-        match text.parse::<IpNet>() {
-            Ok(net) => good.push(net.trunc()),
-            Err(_) => faults.push(ObjectFault::Object(format!(
-                "`{field}`: `{}` is not a network; expected one as in 10.42.1.0/24",
-                text.chars().take(60).collect::<String>().escape_debug()
-            ))),
-        }
-    }
-    good
 }

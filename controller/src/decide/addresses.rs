@@ -31,7 +31,14 @@ pub(super) fn assign<'a>(
     peers: &[&NodeName],
     now: Now,
 ) -> Addresses<'a> {
-    let mut book = Book { network, ledger: view.ledger().clone(), now: now / 1000, changes: Changes::default() };
+    let mut book = Book {
+        network,
+        stored: view.ledger(),
+        wanted: None,
+        now: now / 1000,
+        caught_up: now >= view.caught_up_at(),
+        changes: Changes::default(),
+    };
     let mut addresses = Addresses::default();
     book.settle(view, census);
     let mut machines: Vec<&Machine<'_>> = census.machines.values().collect();
@@ -60,9 +67,13 @@ pub(super) fn assign<'a>(
 /// The ledger as it is to be.
 struct Book<'a> {
     network: &'a Network,
-    ledger: Ledger,
+    stored: &'a Ledger,
+    /// A copy, from the first change on: most passes change nothing.
+    wanted: Option<Ledger>,
     /// Seconds since 1970.
     now: u64,
+    /// Whether what is absent is gone, also where it was never seen.
+    caught_up: bool,
     changes: Changes,
 }
 
@@ -97,10 +108,12 @@ impl Book<'_> {
                         | Standing::Changed { .. }
                         | Standing::Revoked(_)
                         | Standing::Leaving,
-                    )
-                    | None => false,
+                    ) => false,
+                    None => !self.caught_up && !view.was_seen_off(holder),
                 },
-                Holder::Peer(name) => view.peers().contains_key(name),
+                Holder::Peer(name) => {
+                    view.peers().contains_key(name) || (!self.caught_up && !view.was_seen_off(holder))
+                }
             };
             if !stays {
                 self.release(holder);
@@ -115,9 +128,9 @@ impl Book<'_> {
             Holder::Node(name, _) => census.machines.get(name).and_then(Machine::admitted).map(|(_, host)| host),
             Holder::Peer(_) => None,
         };
-        let Some(host) = approved.or_else(|| self.ledger.held_by(holder)) else { return };
+        let Some(host) = approved.or_else(|| self.stored.held_by(holder)) else { return };
         self.release(holder);
-        self.ledger.adopt(host, holder);
+        self.wanted().adopt(host, holder);
     }
 
     fn enter(&mut self, machine: &Machine<'_>) -> Result<(), (Holder, Exhausted)> {
@@ -128,7 +141,7 @@ impl Book<'_> {
             }
             Standing::Adopting(identity, host) => {
                 let holder = Holder::Node(machine.name.clone(), identity);
-                if self.ledger.adopt(host, &holder) {
+                if self.wanted().adopt(host, &holder) {
                     self.changes.claimed.push(format!("{holder} (it had {host} before)"));
                     return Ok(());
                 }
@@ -148,24 +161,28 @@ impl Book<'_> {
     }
 
     fn claim(&mut self, holder: &Holder) -> Result<(), Exhausted> {
-        if self.ledger.held_by(holder).is_none() {
-            self.ledger.claim(self.network, holder, self.now)?;
+        if self.wanted.as_ref().unwrap_or(self.stored).held_by(holder).is_none() {
+            let (network, now) = (self.network, self.now);
+            self.wanted().claim(network, holder, now)?;
             self.changes.claimed.push(holder.to_string());
         }
         Ok(())
     }
 
     fn release(&mut self, holder: &Holder) {
-        self.ledger.release(holder, self.now);
+        let now = self.now;
+        self.wanted().release(holder, now);
         self.changes.released.push(holder.to_string());
     }
 
+    fn wanted(&mut self) -> &mut Ledger {
+        self.wanted.get_or_insert_with(|| self.stored.clone())
+    }
+
     fn edits(self, view: &ClusterView) -> Vec<Action> {
-        if self.changes.claimed.is_empty() && self.changes.released.is_empty() {
-            return Vec::new();
-        }
+        let Some(wanted) = self.wanted else { return Vec::new() };
         let reason = self.changes.to_string();
-        let edits = self.ledger.edits_since(view.ledger());
+        let edits = wanted.edits_since(self.stored);
         let action = |edit: keystone_mesh_core::ledger::PageEdit| Action {
             effect: Effect::Ledger { resource_version: view.page_version(edit.page).map(str::to_owned), edit },
             reason: reason.clone(),

@@ -160,7 +160,7 @@ fn effect(
     let target = Target { name: machine.name.clone(), uid: uid.clone() };
     let event = event.map(|(warning, reason, note)| {
         let (name, uid) = (machine.name.to_string(), uid.clone());
-        Event { regarding, name, uid, warning, reason, note: conditions::cut(note) }
+        Event { regarding, name, uid, warning, reason, note: conditions::cut(note.into()).into_owned() }
     });
     let effect = Effect::Approve { carrier, target, approval: Box::new(approval) };
     Some(Action { effect, reason, events: event.into_iter().collect() })

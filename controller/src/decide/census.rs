@@ -12,7 +12,7 @@
 //!                        └─> Changed (it is pinned to another identity)
 //! ```
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use keystone_mesh_api::JoinTokenStatus;
 use keystone_mesh_core::admission::{JoinRefusal, host_of};
@@ -151,7 +151,10 @@ pub(super) fn take<'a>(view: &'a ClusterView, network: &'a Network, now: Now) ->
     let mut taker = Taker::new(view, network, now);
     let mut census = Census::default();
     let mut applicants: Vec<Machine<'_>> = Vec::new();
-    let names: BTreeSet<&NodeName> = view.nodes().keys().chain(view.members().keys()).collect();
+    let mut machines: Vec<Machine<'_>> = Vec::with_capacity(view.nodes().len());
+    let mut names: Vec<&NodeName> = view.nodes().keys().chain(view.members().keys()).collect();
+    names.sort();
+    names.dedup();
     for name in names {
         let mut machine = taker.machine(name);
         match taker.settled(&machine) {
@@ -162,7 +165,7 @@ pub(super) fn take<'a>(view: &'a ClusterView, network: &'a Network, now: Now) ->
                 machine.standing = standing;
                 taker.adopt_record(&mut machine);
                 taker.hold(&machine);
-                census.machines.insert(name, machine);
+                machines.push(machine);
             }
             None => applicants.push(machine),
         }
@@ -171,8 +174,11 @@ pub(super) fn take<'a>(view: &'a ClusterView, network: &'a Network, now: Now) ->
     applicants.sort_by_key(|machine| (machine.created(), machine.name));
     for mut machine in applicants {
         machine.standing = taker.judge(&mut machine);
-        census.machines.insert(machine.name, machine);
+        machines.push(machine);
     }
+    // From a sorted list a map is built at once.
+    machines.sort_by_key(|machine| machine.name);
+    census.machines = machines.into_iter().map(|machine| (machine.name, machine)).collect();
     census.tokens = taker.tokens;
     census
 }
@@ -229,7 +235,10 @@ impl<'a> Taker<'a> {
         let mut leftover = None;
         let outlived = |member: &MemberView| match node {
             // The condition tells that there was a Node; the memory tells it where that was not written yet.
-            None => member.had_node() || self.view.departed(name) == Some(member.identity),
+            None => {
+                let caught_up = self.now >= self.view.caught_up_at();
+                (member.had_node() && caught_up) || self.view.departed(name) == Some(member.identity)
+            }
             Some(node) => self.succeeds(name, node) && self.view.departed(name) == Some(member.identity),
         };
         if member.is_some_and(outlived) {
@@ -251,6 +260,10 @@ impl<'a> Taker<'a> {
 
     /// How a machine stands that is or was in the network. None: it has to be judged.
     fn settled(&self, machine: &Machine<'a>) -> Option<Standing> {
+        if machine.node.is_none() && machine.member.is_some_and(MemberView::had_node) {
+            // The Node may just not be seen yet.
+            return Some(Standing::Undecided(self.view.caught_up_at()));
+        }
         if machine.node.is_none() && machine.leftover.is_some() {
             return Some(Standing::Leaving);
         }

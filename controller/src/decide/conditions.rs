@@ -3,6 +3,7 @@
 //! A condition is written only where status, reason or message differ from what stands there, so every text is made of
 //! what is decided and of nothing that moves by itself.
 
+use std::borrow::Cow;
 use std::fmt::Display;
 
 use ipnet::IpNet;
@@ -25,25 +26,29 @@ pub(super) struct Verdict {
     /// `True`, `False` or `Unknown`.
     pub(super) status: &'static str,
     pub(super) reason: &'static str,
-    pub(super) message: String,
+    pub(super) message: Cow<'static, str>,
 }
 
 impl Verdict {
-    pub(super) fn yes(condition: &'static str, reason: &'static str, message: String) -> Self {
-        Self { condition, status: "True", reason, message: cut(message) }
+    pub(super) fn yes(condition: &'static str, reason: &'static str, message: impl Into<Cow<'static, str>>) -> Self {
+        Self { condition, status: "True", reason, message: cut(message.into()) }
     }
 
-    pub(super) fn no(condition: &'static str, reason: &'static str, message: String) -> Self {
-        Self { condition, status: "False", reason, message: cut(message) }
+    pub(super) fn no(condition: &'static str, reason: &'static str, message: impl Into<Cow<'static, str>>) -> Self {
+        Self { condition, status: "False", reason, message: cut(message.into()) }
     }
 
-    pub(super) fn unknown(condition: &'static str, reason: &'static str, message: String) -> Self {
-        Self { condition, status: "Unknown", reason, message: cut(message) }
+    pub(super) fn unknown(
+        condition: &'static str,
+        reason: &'static str,
+        message: impl Into<Cow<'static, str>>,
+    ) -> Self {
+        Self { condition, status: "Unknown", reason, message: cut(message.into()) }
     }
 
     /// Reason and note of the Event that goes with it, where it is bad news.
     pub(super) fn warning(&self) -> Option<(&'static str, String)> {
-        (self.status == "False").then(|| (self.reason, self.message.clone()))
+        (self.status == "False").then(|| (self.reason, self.message.clone().into_owned()))
     }
 }
 
@@ -75,11 +80,11 @@ pub(super) fn told(
     condition: &'static str,
     reason: Option<&'static str>,
     faults: &[impl Display],
-    well: &str,
+    well: &'static str,
 ) -> Option<Verdict> {
     Some(match reason {
         Some(reason) => Verdict::no(condition, reason, join(faults)),
-        None => Verdict::yes(condition, ALL_WELL, well.to_owned()),
+        None => Verdict::yes(condition, ALL_WELL, well),
     })
 }
 
@@ -93,7 +98,7 @@ pub(super) fn of_node(current: Option<&NodeCondition>, verdict: &Verdict, now: N
     }
     let same_status = current.filter(|current| current.status == verdict.status);
     let same = same_status.filter(|current| {
-        current.reason.as_deref() == Some(verdict.reason) && current.message.as_deref() == Some(&verdict.message)
+        current.reason.as_deref() == Some(verdict.reason) && current.message.as_deref() == Some(&*verdict.message)
     });
     if same.is_some() {
         return None;
@@ -103,7 +108,7 @@ pub(super) fn of_node(current: Option<&NodeCondition>, verdict: &Verdict, now: N
         type_: verdict.condition.to_owned(),
         status: verdict.status.to_owned(),
         reason: Some(verdict.reason.to_owned()),
-        message: Some(verdict.message.clone()),
+        message: Some(verdict.message.clone().into_owned()),
         last_transition_time: Some(since),
         last_heartbeat_time: Some(time(now)),
     })
@@ -120,7 +125,7 @@ pub(super) fn set(conditions: &mut Vec<Condition>, verdict: &Verdict, generation
             type_: verdict.condition.to_owned(),
             status: verdict.status.to_owned(),
             reason: verdict.reason.to_owned(),
-            message: verdict.message.clone(),
+            message: verdict.message.clone().into_owned(),
             observed_generation: generation,
             last_transition_time: time(now),
         });
@@ -132,7 +137,7 @@ pub(super) fn set(conditions: &mut Vec<Condition>, verdict: &Verdict, generation
     }
     verdict.status.clone_into(&mut current.status);
     verdict.reason.clone_into(&mut current.reason);
-    current.message.clone_from(&verdict.message);
+    verdict.message.as_ref().clone_into(&mut current.message);
     current.observed_generation = generation;
     news
 }
@@ -157,17 +162,46 @@ fn join(items: &[impl Display]) -> String {
 }
 
 /// Cuts a text to what an Event takes.
-pub(super) fn cut(mut text: String) -> String {
-    if text.len() > MAX_MESSAGE {
-        let end = (0..=MAX_MESSAGE - 3).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
-        text.truncate(end);
-        text.push_str("...");
+pub(super) fn cut(text: Cow<'static, str>) -> Cow<'static, str> {
+    if text.len() <= MAX_MESSAGE {
+        return text;
     }
-    text
+    let end = text.floor_char_boundary(MAX_MESSAGE - 3);
+    format!("{}...", &text[..end]).into()
 }
 
 /// Kubernetes tells times to the second.
 pub(super) fn time(now: Now) -> Time {
     let seconds = i64::try_from(now / 1000).unwrap_or(0);
     Time(Timestamp::from_second(seconds).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_are_the_codes_of_refusals_in_camel_case() {
+        let refusals = [
+            JoinRefusal::Token(TokenRefusal::Unknown),
+            JoinRefusal::Token(TokenRefusal::Expired(1)),
+            JoinRefusal::Token(TokenRefusal::UsedUp),
+            JoinRefusal::Token(TokenRefusal::Revoked),
+            JoinRefusal::WrongIdentity,
+            JoinRefusal::IdentityKnown("a".parse().unwrap()),
+            JoinRefusal::KeyTaken("a".parse().unwrap()),
+            JoinRefusal::AddressesExhausted("10.0.0.0/8".parse().unwrap()),
+        ];
+        for refusal in refusals {
+            let words = refusal.code().split('-').map(|word| word[..1].to_uppercase() + &word[1..]);
+            assert_eq!(reason_of(&refusal), words.collect::<String>());
+        }
+    }
+
+    #[test]
+    fn long_messages_are_cut_between_characters() {
+        let long = cut("ü".repeat(2000).into());
+        assert!(long.len() <= MAX_MESSAGE && long.ends_with("..."));
+        assert_eq!(cut("short".into()), "short");
+    }
 }

@@ -343,5 +343,5 @@ fn target(peer: &PeerView) -> Target {
 
 fn event_of(peer: &PeerView, warning: bool, reason: &'static str, note: String) -> Event {
     let (name, uid) = (peer.name.to_string(), peer.uid.clone());
-    Event { regarding: Regarding::Peer, name, uid, warning, reason, note: conditions::cut(note) }
+    Event { regarding: Regarding::Peer, name, uid, warning, reason, note: conditions::cut(note.into()).into_owned() }
 }

@@ -74,7 +74,7 @@ fn verdict(
     match &machine.standing {
         Standing::Admitted { .. } if approvals::stands(machine) => evidence(view, machine, current, now),
         Standing::Waiting(_) | Standing::Refused(_) | Standing::Changed { .. } | Standing::Revoked(_) => {
-            let why = "the node is not in the network; see the condition MeshApproved".to_owned();
+            let why = "the node is not in the network; see the condition MeshApproved";
             (Some(Verdict::no(READY_CONDITION, "NotApproved", why)), None)
         }
         Standing::Silent
@@ -94,14 +94,14 @@ fn evidence(
     now: Now,
 ) -> (Option<Verdict>, Option<Now>) {
     let settings = view.settings();
-    let ready = || Verdict::yes(READY_CONDITION, "Reached", "its peers reach it through the mesh".to_owned());
+    let ready = || Verdict::yes(READY_CONDITION, "Reached", "its peers reach it through the mesh");
     let unready = || {
-        let why = "its peers do not reach it through the mesh; `keystone-mesh doctor` on the node tells why".to_owned();
+        let why = "its peers do not reach it through the mesh; `keystone-mesh doctor` on the node tells why";
         Verdict::no(READY_CONDITION, "Unreached", why)
     };
     let no_report = || {
         let why = "no peer reports on it; is the status listener (status_listen) of a control-plane node's daemon on?";
-        Verdict::unknown(READY_CONDITION, "NoReport", why.to_owned())
+        Verdict::unknown(READY_CONDITION, "NoReport", why)
     };
     // What has to be so for a while is decided again when the while is over.
     let after = |since: Now, wait: u64, then: Verdict, until: Option<Verdict>| {
@@ -115,7 +115,10 @@ fn evidence(
         (Evidence::Reached(_), _) => (Some(ready()), None),
         (Evidence::Unreached(_), Some("False")) => (Some(unready()), None),
         (Evidence::Unreached(since), _) => after(since, settings.unready_after, unready(), first),
-        (Evidence::Silence(since), Some("True" | "False")) => after(since, settings.report_life, no_report(), None),
+        (Evidence::Silence(Some(since)), Some("True" | "False")) => {
+            after(since, settings.report_life, no_report(), None)
+        }
+        (Evidence::Silence(None), Some("True" | "False")) => (None, None),
         (Evidence::Silence(_), _) => (Some(no_report()), None),
     }
 }

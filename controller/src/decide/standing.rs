@@ -63,7 +63,7 @@ fn of_node(context: &Context<'_>, machine: &Machine<'_>, node: &NodeView, readin
         });
         let turned = verdict.condition == crate::view::READY_CONDITION && verdict.status == "True";
         let told = verdict.warning().map(|(reason, note)| (true, reason, note));
-        let told = told.or_else(|| turned.then(|| (false, "MeshReady", verdict.message.clone())));
+        let told = told.or_else(|| turned.then(|| (false, "MeshReady", verdict.message.clone().into_owned())));
         events.extend(told.filter(|_| news && worth_an_event(&verdict)).map(|(warning, reason, note)| {
             let (name, uid) = (node.name.to_string(), node.uid.clone());
             Event { regarding: Regarding::Node, name, uid, warning, reason, note }
@@ -89,11 +89,12 @@ fn worth_an_event(verdict: &Verdict) -> bool {
 
 fn of_member(context: &Context<'_>, machine: &Machine<'_>, member: &MemberView) -> Option<Action> {
     let mut status = member.status.clone();
-    let theirs = machine.admitted().filter(|(identity, _)| *identity == member.identity);
-    status.addresses =
-        theirs.map(|(_, host)| conditions::hosts(&addresses_of(context.network, host))).unwrap_or_default();
-    let node =
-        machine.node.map(|_| Verdict::yes(NODE_CONDITION, "NodeFound", "there is a Node of this name".to_owned()));
+    if !matches!(machine.standing, Standing::Undecided(_)) {
+        let theirs = machine.admitted().filter(|(identity, _)| *identity == member.identity);
+        let addresses = theirs.map(|(_, host)| conditions::hosts(&addresses_of(context.network, host)));
+        status.addresses = addresses.unwrap_or_default();
+    }
+    let node = machine.node.map(|_| Verdict::yes(NODE_CONDITION, "NodeFound", "there is a Node of this name"));
     let other = machine.admitted().filter(|(identity, _)| *identity != member.identity);
     let approved = match other {
         Some((identity, _)) => Some(taken(machine.name, &identity.short())),
@@ -226,5 +227,5 @@ fn target(member: &MemberView) -> Target {
 
 fn event_of(member: &MemberView, warning: bool, reason: &'static str, note: String) -> Event {
     let (name, uid) = (member.name.to_string(), member.uid.clone());
-    Event { regarding: Regarding::Member, name, uid, warning, reason, note: conditions::cut(note) }
+    Event { regarding: Regarding::Member, name, uid, warning, reason, note: conditions::cut(note.into()).into_owned() }
 }

@@ -52,3 +52,49 @@ impl CloudClaim {
         Ok(Self { kind, name, node, provider_id, instance_type, gone: None })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn parse(kind: CloudKind, object: serde_json::Value) -> Result<CloudClaim, ObjectFault> {
+        CloudClaim::parse(kind, &serde_json::from_value(object).unwrap())
+    }
+
+    #[test]
+    fn a_node_claim_tells_its_node_its_machine_and_its_type() {
+        let claim = parse(
+            CloudKind::NodeClaim,
+            json!({
+                "apiVersion": "karpenter.sh/v1", "kind": "NodeClaim",
+                "metadata": {"name": "default-x7k2p", "labels": {"node.kubernetes.io/instance-type": "m7g.large"}},
+                "status": {"nodeName": "ip-10-0-0-1", "providerID": "aws:///eu-west-1a/i-0abc"},
+            }),
+        )
+        .unwrap();
+        assert_eq!((claim.name.as_str(), claim.node.as_deref()), ("default-x7k2p", Some("ip-10-0-0-1")));
+        assert_eq!(claim.provider_id.as_deref(), Some("aws:///eu-west-1a/i-0abc"));
+        assert_eq!(claim.instance_type.as_deref(), Some("m7g.large"));
+    }
+
+    #[test]
+    fn a_machine_is_named_with_its_namespace_and_may_know_nothing_yet() {
+        let machine = |status| {
+            let metadata = json!({"name": "md-0-abc", "namespace": "clusters"});
+            let kind = ("cluster.x-k8s.io/v1beta1", "Machine");
+            parse(
+                CloudKind::Machine,
+                json!({"apiVersion": kind.0, "kind": kind.1, "metadata": metadata, "status": status}),
+            )
+        };
+        let claim = machine(json!({"nodeRef": {"name": "worker-1"}})).unwrap();
+        assert_eq!((claim.name.as_str(), claim.node.as_deref()), ("clusters/md-0-abc", Some("worker-1")));
+        for strange in [json!(null), json!("text"), json!({"nodeRef": 7}), json!({"nodeRef": {"name": ""}})] {
+            assert_eq!(machine(strange).unwrap().node, None);
+        }
+        let nameless = json!({"apiVersion": "cluster.x-k8s.io/v1beta1", "kind": "Machine", "metadata": {}});
+        assert!(parse(CloudKind::Machine, nameless).is_err());
+    }
+}

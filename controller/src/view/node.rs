@@ -7,7 +7,8 @@ use k8s_openapi::api::core::v1::{Node, NodeAddress, NodeCondition, Taint};
 use keystone_mesh_core::annotations::{self, Decoded};
 use keystone_mesh_core::node::NodeName;
 
-use super::{Meta, Now, ObjectFault, networks};
+use super::border::{Meta, networks};
+use super::{Now, ObjectFault};
 
 /// Our conditions and the labels that decisions look at; a view of thousands of Nodes keeps nothing else.
 pub(crate) const CONDITIONS: [&str; 4] =

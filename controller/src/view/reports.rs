@@ -42,7 +42,8 @@ pub struct Report {
 /// The last report of each reporter, and since when each answer is the same.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Reports {
-    started: Now,
+    /// Since when reporters are asked; none where it was never said.
+    started: Option<Now>,
     by_reporter: BTreeMap<NodeName, Answered>,
 }
 
@@ -60,13 +61,13 @@ pub(crate) enum Evidence {
     Reached(Now),
     /// Those who know it do not reach it, since then.
     Unreached(Now),
-    /// Nobody says anything, since then.
-    Silence(Now),
+    /// Nobody says anything, since then; none where nobody was asked yet.
+    Silence(Option<Now>),
 }
 
 impl Reports {
     pub(crate) fn since(started: Now) -> Self {
-        Self { started, by_reporter: BTreeMap::new() }
+        Self { started: Some(started), by_reporter: BTreeMap::new() }
     }
 
     pub(crate) fn handle(&mut self, report: Report) {
@@ -98,7 +99,7 @@ impl Reports {
                 answered.peers.get(name).copied()
             };
             let Some((reach, since)) = said else { continue };
-            last = last.max(answered.at);
+            last = last.max(Some(answered.at));
             if now.saturating_sub(answered.at) > life {
                 continue;
             }

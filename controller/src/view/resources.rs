@@ -13,7 +13,8 @@ use keystone_mesh_core::relay::address::HostPort;
 use keystone_mesh_core::token::NamePattern;
 use keystone_mesh_core::{NodeId, PublicKey};
 
-use super::{Meta, Now, ObjectFault, millis, networks};
+use super::border::{Meta, millis, networks};
+use super::{Now, ObjectFault};
 
 /// The Member condition that says whether there is a Node of its name.
 pub(crate) const NODE: &str = "Node";

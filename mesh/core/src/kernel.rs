@@ -369,8 +369,16 @@ fn installable_routes(
         return BTreeMap::new();
     }
     let mut wanted: BTreeMap<IpNet, Option<u32>> = desired.routes.iter().map(|r| (r.dst.trunc(), r.mtu)).collect();
+    // By destination: a large mesh has thousands of routes, and each looks here.
+    let foreign: BTreeMap<IpNet, u8> = actual
+        .routes
+        .iter()
+        .filter(|route| route.metric == ROUTE_METRIC && route.protocol != ROUTE_PROTOCOL)
+        .map(|route| (route.dst, route.protocol))
+        .collect();
     wanted.retain(|route, _| {
-        let refusal = covered_network(route, &actual.others).or_else(|| foreign_route(route, &actual.routes));
+        let in_place = || foreign.get(route).map(|&protocol| Warning::ForeignRoute { dst: *route, protocol });
+        let refusal = covered_network(route, &actual.others).or_else(in_place);
         let stands = carried(Family::of(route)) && refusal.is_none();
         warnings.extend(refusal);
         stands
@@ -393,12 +401,6 @@ fn covered_network(route: &IpNet, others: &[HostInterface]) -> Option<Warning> {
             network,
             interface: interface.clone(),
         })
-}
-
-fn foreign_route(route: &IpNet, routes: &[KernelRoute]) -> Option<Warning> {
-    let in_place = |r: &&KernelRoute| r.dst == *route && r.metric == ROUTE_METRIC && r.protocol != ROUTE_PROTOCOL;
-    let found = routes.iter().find(in_place)?;
-    Some(Warning::ForeignRoute { dst: *route, protocol: found.protocol })
 }
 
 /// What to remove, and what to add or change.

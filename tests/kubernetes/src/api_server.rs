@@ -45,7 +45,7 @@ const TOKEN_SECONDS: i64 = 3600;
 pub struct Options {
     /// The machine on which it runs; None for the loopback of the sandbox.
     pub host: Option<Host>,
-    /// Further addresses by which clients come; the certificate names them.
+    /// Further addresses by which clients come: the certificate names them, besides `advertise` and that of `host`.
     pub addresses: Vec<IpAddr>,
     /// The address in the endpoints of the Service `kubernetes`; None for that of `host`.
     pub advertise: Option<IpAddr>,
@@ -102,7 +102,9 @@ impl ApiServer {
         let folder = folder.join("kubernetes");
         fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
         let authority = Authority::new()?;
-        let addresses: Vec<IpAddr> = options.addresses.iter().copied().chain([advertised(&options)]).collect();
+        let own = options.host.as_ref().map(|host| IpAddr::V4(host.v4()));
+        let addresses: Vec<IpAddr> =
+            options.addresses.iter().copied().chain([advertised(&options)]).chain(own).collect();
         authority.server("kube-apiserver", &addresses)?.write(&folder, "server")?;
         authority.certificate().write(&folder, "ca")?;
         write_token_keys(&folder, "tokens")?;

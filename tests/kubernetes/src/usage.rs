@@ -13,6 +13,8 @@ const TICK: Duration = Duration::from_millis(10);
 pub struct Usage {
     /// Memory that is resident, in bytes.
     pub rss: u64,
+    /// The part of it that is the process' own: no pages of programs and libraries, which are larger in a debug build.
+    pub anonymous: u64,
     /// CPU time of all its threads since its start, in user mode and in the kernel.
     pub cpu: Duration,
 }
@@ -25,13 +27,17 @@ impl Usage {
             fs::read_to_string(&path).with_context(|| format!("read {path}"))
         };
         let status = read("status")?;
-        let rss = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or("0");
-        let kilobytes: u64 = rss.trim().trim_end_matches(" kB").parse().context("parse VmRSS")?;
+        let bytes = |field: &str| {
+            let value = status.lines().find_map(|line| line.strip_prefix(field)).unwrap_or("0 kB");
+            let kilobytes: u64 =
+                value.trim().trim_end_matches(" kB").parse().with_context(|| format!("parse {field}"))?;
+            anyhow::Ok(kilobytes * 1024)
+        };
         let stat = read("stat")?;
         // The second field is the program's name in parentheses, and may hold anything; utime is the 14th, stime the 15th.
         let fields = stat.rsplit_once(')').map(|(_, rest)| rest).unwrap_or_default();
         let ticks: u32 = fields.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u32>().ok()).sum();
-        Ok(Self { rss: kilobytes * 1024, cpu: TICK * ticks })
+        Ok(Self { rss: bytes("VmRSS:")?, anonymous: bytes("RssAnon:")?, cpu: TICK * ticks })
     }
 }
 
@@ -42,7 +48,7 @@ mod tests {
     #[test]
     fn this_process_has_used_something() {
         let usage = Usage::of(std::process::id()).unwrap();
-        assert!(usage.rss > 1 << 20, "{usage:?}");
+        assert!(usage.rss > usage.anonymous && usage.anonymous > 1 << 14, "{usage:?}");
         Usage::of(u32::MAX).unwrap_err();
     }
 }

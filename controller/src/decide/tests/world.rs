@@ -76,7 +76,7 @@ impl World {
     pub(super) fn new(settings: Settings) -> Self {
         let api = Api::new(network_document());
         let mut controller = Watcher::new(ClusterView::new(id(1), settings));
-        controller.view.handle_leading(START);
+        controller.view.handle_leading(START - MINUTE);
         Self { api, controller, now: START }
     }
 

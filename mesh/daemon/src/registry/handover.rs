@@ -21,7 +21,7 @@ use zeroize::Zeroizing;
 
 use super::kubernetes::KubernetesRegistry;
 use super::kubernetes::hub::{Heard, Hub, Known, Start};
-use super::{Answer, Event, Registry};
+use super::{Answer, Event, Faults, Registry, Writes};
 use crate::clock::unix_now;
 use crate::kube_api::access::{Access, Grant};
 use crate::kube_api::watch::Pace;
@@ -268,5 +268,13 @@ impl Registry for Handover {
 
     fn warnings(&self) -> Vec<String> {
         self.current.1.warnings()
+    }
+
+    fn faults(&self) -> Faults {
+        self.current.1.faults()
+    }
+
+    fn writes(&self) -> Option<Writes> {
+        self.current.1.writes()
     }
 }
