@@ -386,10 +386,9 @@ fn a_holder_with_two_numbers_keeps_the_one_that_it_was_approved_with() {
     assert_eq!(live, [300]);
 }
 
-/// Prints what a pass costs: `cargo test --release -p keystone-controller -- --ignored --nocapture five_thousand`.
+/// Prints what a pass costs: `cargo test --release -p keystone-controller -- --nocapture five_thousand`.
 #[test]
-#[ignore = "a measurement"]
-fn five_thousand_nodes_are_decided_within_a_blink() {
+fn five_thousand_nodes_are_settled_in_a_few_passes() {
     let mut world = World::new(Settings { policy: Policy::Auto, node_init: true, ..Settings::default() });
     let secret_of = |n: u32| {
         let mut bytes = [7; 32];
@@ -408,8 +407,8 @@ fn five_thousand_nodes_are_decided_within_a_blink() {
     let peers: Vec<(String, crate::view::Reach)> =
         (0..5000).map(|n| (format!("worker-{n}"), crate::view::Reach::Reached)).collect();
     let peers: Vec<(&str, crate::view::Reach)> = peers.iter().map(|(name, reach)| (name.as_str(), *reach)).collect();
-    let mut idle = std::time::Duration::MAX;
-    for round in 0.. {
+    let (mut idle, mut settled) = (std::time::Duration::MAX, 0);
+    for round in 0..32 {
         world.controller.follow(&world.api, world.now, |_, _| true);
         if round > 2 {
             world.report("worker-0", &peers);
@@ -418,14 +417,17 @@ fn five_thousand_nodes_are_decided_within_a_blink() {
         let actions = reconcile(&world.controller.view, world.now).actions;
         let took = on_cpu() - begun;
         println!("round {round}: {} actions in {took:?}", actions.len());
-        idle = if actions.is_empty() { idle.min(took) } else { idle };
-        if round > 30 {
-            break;
+        if actions.is_empty() {
+            (idle, settled) = (idle.min(took), settled + 1);
+        }
+        if settled == 3 {
+            println!("with nothing to do: {idle:?} at best");
+            return;
         }
         world.apply(&actions);
         world.pass(SECOND);
     }
-    println!("with nothing to do: {idle:?} at best");
+    panic!("still not settled after 32 passes");
 }
 
 /// How long this thread was on a processor (proc_pid_schedstat(5)): other work on the machine does not count.
