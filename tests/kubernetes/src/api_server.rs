@@ -299,7 +299,16 @@ impl ApiServer {
 
     /// The API server stands still with all its connections open, and says nothing.
     pub fn freeze(&self) -> Result<()> {
-        self.api_server.as_ref().map_or(Ok(()), |process| process.signal(Signal::SIGSTOP))
+        let Some(process) = &self.api_server else { return Ok(()) };
+        process.signal(Signal::SIGSTOP)?;
+        // Threads stop one after the other, and until then one may still answer.
+        let tasks = format!("/proc/{}/task", process.id());
+        wait::until("all threads of the API server stand still", START_PATIENCE, Duration::from_millis(1), || {
+            let threads = fs::read_dir(&tasks).context("list the threads of the API server")?.flatten();
+            let mut states = threads.filter_map(|thread| fs::read_to_string(thread.path().join("status")).ok());
+            let stopped = |status: String| status.lines().any(|line| line.starts_with("State:\tT"));
+            Ok(states.all(stopped).then_some(()))
+        })
     }
 
     /// Ends [`Self::freeze`].

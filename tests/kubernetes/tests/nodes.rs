@@ -70,7 +70,9 @@ fn a_node_registers_and_runs_a_pod_that_speaks() {
 
         // A node that goes takes its containers along, while the rest of the world goes on.
         drop(node);
-        assert_eq!(running(&["containerd-shim", "containerd", "kubelet", "sleep 3600"]), Vec::<String>::new());
+        wait::until("its programs and containers are gone", PATIENCE, POLL, || {
+            Ok(running(&["containerd-shim", "containerd", "kubelet", "sleep 3600"]).is_empty().then_some(()))
+        })?;
         server.get("/readyz").map(drop)
     });
 }
@@ -89,7 +91,10 @@ fn after_a_failed_test_nothing_is_left() {
     }
     // Where it is skipped there is no panic either.
     if catch_unwind(failing).is_err() {
-        assert_eq!(running(&["sleep 3601"]), Vec::<String>::new());
+        let gone = wait::until("the container is gone", PATIENCE, POLL, || {
+            Ok(running(&["sleep 3601"]).is_empty().then_some(()))
+        });
+        gone.expect("the container ends with its sandbox");
         let mounts = fs::read_to_string("/proc/self/mounts").expect("the list of mounts");
         assert!(!mounts.contains("keystone-lab"), "{mounts}");
         assert_eq!(fs::read_dir("/var/lib/kubelet").map(Iterator::count).unwrap_or(0), 0);
