@@ -150,16 +150,20 @@ pub fn in_own_world(name: &str, test: impl FnOnce() -> Result<()>) {
     let mut text = String::new();
     output.read_to_string(&mut text).expect("the test inside writes UTF-8");
     let status = sandbox.wait().expect("the sandbox ends");
-    assert!(status.success(), "{name} fails in its sandbox: {status}\n{text}");
-    show(&text);
+    let said = without_runner(&text);
+    assert!(status.success(), "{name} fails in its sandbox: {status}\n{said}");
+    show(&said);
 }
 
 /// What a test inside had to say, but for the lines of its test runner, which would count twice.
+fn without_runner(text: &str) -> String {
+    let of_runner = |line: &&str| line.starts_with("test ") || line.starts_with("running ");
+    text.lines().filter(|line| !of_runner(line)).collect::<Vec<_>>().join("\n")
+}
+
 #[expect(clippy::print_stdout, reason = "this way it is the output of the test outside, to be shown or not")]
-fn show(text: &str) {
-    text.lines()
-        .filter(|line| !line.starts_with("test ") && !line.starts_with("running "))
-        .for_each(|l| println!("{l}"));
+fn show(said: &str) {
+    println!("{said}");
 }
 
 /// What the inside knows about where it is.
