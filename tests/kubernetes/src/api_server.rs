@@ -297,6 +297,16 @@ impl ApiServer {
         self.wait_ready()
     }
 
+    /// From some moments on it shows a certificate that has ended, and nobody speaks with it any more.
+    pub fn let_certificate_end(&self) -> Result<()> {
+        let (chain, key) = self.authority.ended("kube-apiserver")?.write(&self.folder, "ended")?;
+        // It watches its files, and reads them when another one takes their place.
+        for (from, to) in [(chain, "server.crt"), (key, "server.key")] {
+            fs::rename(from, self.folder.join(to)).with_context(|| format!("replace {to}"))?;
+        }
+        Ok(())
+    }
+
     /// The API server stands still with all its connections open, and says nothing.
     pub fn freeze(&self) -> Result<()> {
         let Some(process) = &self.api_server else { return Ok(()) };
