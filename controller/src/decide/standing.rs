@@ -124,22 +124,8 @@ fn taken(name: &NodeName, known: &str) -> Verdict {
 }
 
 fn goes(machine: &Machine<'_>, leftover: &MemberView) -> Action {
-    let note = match &machine.standing {
-        Standing::Revoked(Revocation::CloudGone(claim)) => {
-            format!("Deleted: `{claim}`, the autoscaler's object of this machine, was deleted")
-        }
-        Standing::Silent
-        | Standing::Waiting(_)
-        | Standing::Refused(_)
-        | Standing::Changed { .. }
-        | Standing::Undecided(_)
-        | Standing::Spending
-        | Standing::Entering(_)
-        | Standing::Adopting(..)
-        | Standing::Admitted { .. }
-        | Standing::Revoked(Revocation::Earlier)
-        | Standing::Leaving => "Deleted: its Node was deleted".to_owned(),
-    };
+    let why = machine.standing.cloud_gone();
+    let note = format!("Deleted: {}", why.as_deref().unwrap_or("its Node was deleted"));
     let events = vec![event_of(leftover, false, "MemberDeleted", note.clone())];
     Action { effect: Effect::DeleteMember { target: target(leftover) }, reason: note, events }
 }
@@ -182,11 +168,10 @@ fn approved(context: &Context<'_>, machine: &Machine<'_>, condition: &'static st
                  machine was reinstalled, run `keystone-mesh approve {name}` on the control plane"
             ),
         ),
-        Standing::Revoked(Revocation::CloudGone(claim)) => Verdict::no(
-            condition,
-            "CloudGone",
-            format!("out of the network: `{claim}`, the autoscaler's object of this machine, was deleted"),
-        ),
+        Standing::Revoked(Revocation::CloudGone(_)) => {
+            let why = machine.standing.cloud_gone().unwrap_or_default();
+            Verdict::no(condition, "CloudGone", format!("out of the network: {why}"))
+        }
         Standing::Revoked(Revocation::Earlier) => Verdict::no(
             condition,
             "Revoked",
