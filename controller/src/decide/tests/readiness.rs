@@ -3,7 +3,8 @@
 use keystone_mesh_api::STARTUP_TAINT;
 
 use super::world::*;
-use crate::view::{READY_CONDITION, Reach, Settings};
+use crate::decide::{Action, Effect};
+use crate::view::{APPROVED_CONDITION, READY_CONDITION, ROUTES_CONDITION, Reach, Settings};
 
 #[test]
 fn a_fresh_node_is_tainted_until_the_mesh_reaches_it() {
@@ -32,6 +33,48 @@ fn a_fresh_node_is_tainted_until_the_mesh_reaches_it() {
     }
     assert_eq!(world.says("worker-1", READY_CONDITION), "False/Unreached");
     assert!(world.taints("worker-1").is_empty());
+}
+
+/// The status writes of Nodes among some actions, by the conditions that each carries.
+fn status_writes(actions: &[Action]) -> Vec<Vec<String>> {
+    let of = |action: &Action| {
+        let Effect::NodeConditions { conditions, .. } = &action.effect else { return None };
+        Some(conditions.iter().map(|condition| condition.type_.clone()).collect())
+    };
+    actions.iter().filter_map(of).collect()
+}
+
+#[test]
+fn all_that_there_is_to_say_about_a_node_costs_one_write() {
+    let mut world = World::new(Settings::default());
+    world.node("worker-1");
+    world.publish("worker-1", 2);
+    let mut writes = Vec::new();
+    for _ in 0..4 {
+        let actions = world.decide().actions;
+        writes.extend(status_writes(&actions));
+        world.apply(&actions);
+    }
+    assert_eq!(writes, [[APPROVED_CONDITION, READY_CONDITION]]);
+    assert_eq!(world.taints("worker-1"), [STARTUP_TAINT]);
+    // A write carries also what stays, for what is not applied again is taken away.
+    world.vouch("worker-1", 2);
+    world.pods("worker-1", &["10.98.0.0/24"]);
+    world.settle();
+    world.pods("worker-1", &[]);
+    let writes = status_writes(&world.decide().actions);
+    assert_eq!(writes, [[APPROVED_CONDITION, READY_CONDITION, ROUTES_CONDITION]]);
+}
+
+#[test]
+fn a_taint_that_cannot_be_put_on_hides_no_condition_for_long() {
+    let mut world = World::new(Settings::default());
+    world.node("worker-1");
+    world.publish("worker-1", 2);
+    let decision = world.decide();
+    assert!(status_writes(&decision.actions).is_empty());
+    world.now = decision.again_at.unwrap();
+    assert_eq!(status_writes(&world.decide().actions), [[APPROVED_CONDITION]]);
 }
 
 #[test]
