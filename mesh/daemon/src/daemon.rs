@@ -29,6 +29,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use self::driver::Driver;
 use self::uplink::Uplink;
+use crate::cni::facts::FactsFile;
 use crate::config::{Config, OnStop, Places, RegistryKind};
 use crate::control::{self, Answer};
 use crate::dataplane::{self, DataPlane, RelaySink};
@@ -125,6 +126,9 @@ pub async fn run(places: &Places, config: Config, token: Option<Token>) -> anyho
         // A failed start has made nothing, and what is there may be another daemon's.
         Err(_) => false,
     };
+    if matches!(end, Ok(End::Left(_))) {
+        FactsFile::remove(&places.run_dir);
+    }
     let removed = if gone { keeper::remove(&interface).await } else { Ok(()) };
     tracing::info!(interface_removed = gone && removed.is_ok(), "daemon stopped");
     if let Ok(End::Left(answer)) = end {
@@ -184,7 +188,7 @@ async fn run_once(places: &Places, config: Config, token: Option<Token>, stop: &
         "daemon started"
     );
     let local = Local { plane, port, public_key: key.public_key(), started };
-    let mut driver = Driver::new(start, config, mesh, local, uplink, keeper);
+    let mut driver = Driver::new(start, config, mesh, local, uplink, keeper, FactsFile::open(&places.run_dir));
     driver.serve_status(calls_in);
     driver.begin();
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
@@ -298,6 +302,7 @@ fn own(start: &Start, config: &Config, key: keystone_mesh_core::PrivateKey) -> a
         relays: start.token.as_ref().map(|token| relays_of(&token.rendezvous)).unwrap_or_default(),
         mtu: config.mtu,
         routes: config.routes.clone(),
+        pod_routes: true,
         addresses: config.addresses.clone(),
         seed,
     })
@@ -328,5 +333,6 @@ pub async fn leave_offline(places: &Places, interface: &str, force: bool) -> any
         }
     }
     keeper::remove(interface).await?;
+    FactsFile::remove(&places.run_dir);
     Ok(state.forget()?)
 }
