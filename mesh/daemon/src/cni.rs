@@ -10,3 +10,5 @@
 //! pod, or in the daemon of a host. It needs nothing but the file, so both are the same code.
 
 pub mod facts;
+pub mod installer;
+pub mod layout;

@@ -128,9 +128,8 @@ pub struct FactsFile {
 }
 
 impl FactsFile {
-    /// In the daemon's run directory. What cannot be read counts as nothing.
-    pub fn open(run_dir: &Path) -> Self {
-        let path = run_dir.join(FILE);
+    /// What cannot be read counts as nothing.
+    pub fn open(path: PathBuf) -> Self {
         let told = PodFacts::read(&path).ok();
         Self { path, teller: Teller::new(told) }
     }
@@ -151,8 +150,8 @@ impl FactsFile {
     }
 
     /// Takes the file away: the node has left.
-    pub fn remove(run_dir: &Path) {
-        let _ = std::fs::remove_file(run_dir.join(FILE));
+    pub fn remove(path: &Path) {
+        let _ = std::fs::remove_file(path);
     }
 }
 

@@ -19,6 +19,7 @@ use super::uplink::Uplink;
 use super::{End, Local, Start, hints, report};
 use crate::clock::unix_now_ms;
 use crate::cni::facts::FactsFile;
+use crate::cni::installer::Installer;
 use crate::config::Config;
 use crate::control::{Answer, Call, Request};
 use crate::dataplane::DataEvent;
@@ -77,14 +78,21 @@ pub(super) struct Driver {
     published: Option<NodeRecord>,
     timeout: Option<Instant>,
     saver: Option<Saver>,
-    /// What pods have to know of this node.
-    facts: FactsFile,
+    pub(super) pods: Pods,
     facts_due: bool,
     dirty: bool,
     pub(super) counts: Counts,
     service: Option<(Vec<IpAddr>, Service)>,
     status: Option<HttpServer>,
     service_addresses: Vec<IpAddr>,
+}
+
+/// What the daemon does for pods.
+pub(super) struct Pods {
+    /// What they have to know of this node.
+    pub(super) facts: FactsFile,
+    /// The CNI directories' keeper, where there is one.
+    pub(super) installer: Option<Installer>,
 }
 
 impl Driver {
@@ -95,7 +103,7 @@ impl Driver {
         local: Local,
         uplink: Uplink,
         keeper: Keeper,
-        facts: FactsFile,
+        pods: Pods,
     ) -> Self {
         let endpoints = config.plain_peers.iter().filter_map(|p| Some((p.config.key, p.endpoint.clone()?))).collect();
         let (names, wanted) = watch::channel(Vec::new());
@@ -123,7 +131,7 @@ impl Driver {
             published: None,
             timeout: None,
             saver,
-            facts,
+            pods,
             facts_due: true,
             dirty: false,
             counts: Counts::default(),
@@ -463,9 +471,9 @@ impl Driver {
 
     /// At most once for each sample: a mesh that starts changes a thousand paths in a second.
     fn tell_facts(&mut self, now: Instant) {
-        if std::mem::take(&mut self.facts_due) || self.facts.again_at().is_some_and(|at| now >= at) {
+        if std::mem::take(&mut self.facts_due) || self.pods.facts.again_at().is_some_and(|at| now >= at) {
             let status = report::status(self, now);
-            self.facts.update(&status, now);
+            self.pods.facts.update(&status, now);
         }
     }
 
