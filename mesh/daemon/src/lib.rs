@@ -16,6 +16,7 @@ pub mod kube_api;
 pub mod lifeline;
 pub mod member;
 pub mod metrics;
+pub mod nftables;
 pub mod preflight;
 pub mod quic;
 pub mod registry;
