@@ -116,7 +116,8 @@ fn shape_of(set: Attributes<'_>) -> Option<Shape> {
         key.insert(0, ALL.into_iter().find(|part| type_number(*part) == rest & 0x3f)?);
         rest >>= 6;
     }
-    let found = set.number(attribute::SET_FLAGS)?;
+    // No flags are not told.
+    let found = set.number(attribute::SET_FLAGS).unwrap_or(0);
     let shape = Shape { key, ranges: found & set::INTERVAL != 0, verdicts: found & set::MAP != 0 };
     let same = flags(&shape) == found && set.number(attribute::SET_KEY_LENGTH) == Some(key_length(&shape.key));
     let verdicts = !shape.verdicts || set.number(attribute::SET_DATA_TYPE) == Some(set::VERDICTS);
