@@ -137,6 +137,12 @@ impl KernelTable {
         Ok(applied.changes > 0)
     }
 
+    /// Whether nobody has changed the packet filter since this table was applied or read.
+    pub fn is_untouched(&mut self) -> bool {
+        let generation = read::generation(&mut self.socket);
+        self.known.as_ref().is_some_and(|(known, _)| generation.is_ok_and(|generation| generation == *known))
+    }
+
     /// What the kernel has; none where there is no such table.
     pub fn read(&mut self) -> Result<Option<Present>, NftError> {
         self.known = None;
