@@ -114,6 +114,9 @@ pub struct Options {
     /// Peers up to which each has metrics of its own; with more there are totals alone, with 0 always [default: 100]
     #[arg(long, env = "KEYSTONE_MESH_METRICS_PEERS", value_name = "N")]
     pub metrics_peers: Option<usize>,
+    /// Enforce Kubernetes' network policies for the pods of this node, by nftables [default: false]
+    #[arg(long, env = "KEYSTONE_MESH_NETWORK_POLICY", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    pub network_policy: Option<bool>,
     /// Own addresses on the interface beside those of the network, for plain WireGuard peers (file only)
     #[arg(skip)]
     pub addresses: Vec<IpNet>,
@@ -216,6 +219,8 @@ pub struct Config {
     pub status_listen: Vec<ListenAt>,
     /// Peers up to which each has metrics of its own.
     pub metrics_peers: usize,
+    /// Whether network policies are enforced here.
+    pub network_policy: bool,
     /// Own addresses for plain WireGuard peers.
     pub addresses: Vec<IpNet>,
     /// WireGuard key to use instead of the derived one.
@@ -285,6 +290,7 @@ impl Config {
             on_stop: options.on_stop.unwrap_or_default(),
             status_listen: options.status_listen,
             metrics_peers: options.metrics_peers.unwrap_or(DEFAULT_METRICS_PEERS),
+            network_policy: options.network_policy.unwrap_or(false),
             addresses: options.addresses,
             private_key,
             plain_peers: plain_peers(&options.peer)?,
@@ -314,6 +320,7 @@ fn merge(over: Options, base: Options) -> Options {
         on_stop: over.on_stop.or(base.on_stop),
         status_listen: list(over.status_listen, base.status_listen),
         metrics_peers: over.metrics_peers.or(base.metrics_peers),
+        network_policy: over.network_policy.or(base.network_policy),
         addresses: base.addresses,
         private_key_file: base.private_key_file,
         peer: base.peer,

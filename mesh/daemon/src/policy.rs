@@ -244,11 +244,14 @@ impl Work {
                     None => std::future::pending().await,
                 }
             };
+            let other_access = async {
+                // A daemon with access of its own keeps it.
+                if access.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            };
             tokio::select! {
-                changed = access.changed() => match changed {
-                    Ok(()) => feeds = self.feeds(&mut access),
-                    Err(_) => return,
-                },
+                () = other_access => feeds = self.feeds(&mut access),
                 input = input => match input {
                     Some(input) => self.hear(input),
                     None => feeds = None,

@@ -25,6 +25,7 @@ pub(super) fn status(driver: &Driver, now: Instant) -> Status {
     let peers = peers.map(|peer| describe_peer(driver, &peer, counted.get(&peer.key).copied(), now)).collect();
     let mut warnings = driver.keeper.warnings();
     warnings.extend(driver.uplink.registry.iter().flat_map(|registry| registry.warnings()));
+    warnings.extend(driver.policy.iter().flat_map(|policy| policy.warnings()));
     warnings.extend(driver.mesh.unapproved_routes().map(|route| {
         format!(
             "the route to {route} is asked for and not approved; leave and join again with a token made with `token create \
@@ -42,6 +43,7 @@ pub(super) fn status(driver: &Driver, now: Instant) -> Status {
         fault_counts: faults.counts.into_iter().map(|(code, count)| (code.to_owned(), count)).collect(),
         data_plane: data_plane(driver, &stats),
         counts: counts(driver),
+        network_policy: driver.policy.as_ref().map(|policy| policy.status(now)),
         gateway: driver.uplink.gateway.as_ref().map(|gateway| gateway.snapshot()),
         relay_server: driver.uplink.relays.local().map(|relay| relay.snapshot()),
         warnings,
