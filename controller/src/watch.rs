@@ -132,7 +132,7 @@ async fn optional(client: Client, watch: Watch, config: Config, cloud: CloudKind
             }
             Ok(None) => {}
             Err(error) => {
-                tracing::debug!(error = words(&error), group, "could not ask which resources the API server has")
+                tracing::debug!(error = words(&error), group, "could not ask which resources the API server has");
             }
         }
         tokio::time::sleep(DISCOVERY).await;

@@ -621,7 +621,7 @@ fn pods_are_reached_through_their_nodes_unless_somebody_else_carries_them() {
     let mut node = Node::new(2, "worker-1");
     let entries =
         vec![pods(2, "worker-1", &["10.42.2.0/24"], 1), pods(3, "worker-2", &["10.42.3.0/24", "fd00:3::/64"], 1)];
-    node.mesh.handle_snapshot(network(1), entries.clone(), [], now);
+    node.mesh.handle_snapshot(network(1), entries.clone(), []);
     node.drain(now);
     let nets = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<IpNet>>();
     assert_eq!(node.routes, nets(&["10.42.3.0/24", "10.98.0.3/32", "fd00:3::/64"]));
@@ -629,7 +629,7 @@ fn pods_are_reached_through_their_nodes_unless_somebody_else_carries_them() {
 
     let mut underlay = Node::new(2, "worker-1");
     underlay.mesh.own.pod_routes = false;
-    underlay.mesh.handle_snapshot(network(1), entries, [], now);
+    underlay.mesh.handle_snapshot(network(1), entries, []);
     underlay.drain(now);
     assert_eq!(
         (&underlay.routes, &underlay.peers[&key(3)].allowed_ips),
@@ -667,7 +667,7 @@ fn a_pod_cidr_that_moves_is_never_sent_to_two_and_in_the_end_to_the_right_one_in
             let now = Instant::now();
             let mut node = Node::new(2, "worker-1");
             let before = [pods(2, "worker-1", &[], 1), pods(3, "worker-2", &[CIDR], 1)];
-            node.mesh.handle_snapshot(network(1), before, [], now);
+            node.mesh.handle_snapshot(network(1), before, []);
             node.drain(now);
             let cidr: IpNet = CIDR.parse().unwrap();
             let carries = |node: &Node| -> Vec<PublicKey> {

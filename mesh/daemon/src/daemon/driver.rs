@@ -25,7 +25,9 @@ use crate::control::{Answer, Call, Request};
 use crate::dataplane::DataEvent;
 use crate::http::{HttpServer, listen, pages};
 use crate::kube_api::access::Grant;
+use crate::kube_api::watch::Pace;
 use crate::member;
+use crate::policy::{self, Enforcer};
 use crate::quic::relay_client::RelayState;
 use crate::registry::kubernetes::hub::Known;
 use crate::registry::{self, Event};
@@ -88,6 +90,7 @@ pub(super) struct Driver {
     pub(super) counts: Counts,
     service: Option<(Vec<IpAddr>, Service)>,
     status: Option<HttpServer>,
+    pub(super) policy: Option<Enforcer>,
     service_addresses: Vec<IpAddr>,
 }
 
@@ -141,6 +144,7 @@ impl Driver {
             counts: Counts::default(),
             service: None,
             status: None,
+            policy: None,
             service_addresses: Vec::new(),
         }
     }
@@ -171,6 +175,19 @@ impl Driver {
         if !self.config.status_listen.is_empty() {
             self.status = Some(pages::serve_daemon(calls, self.config.metrics_peers));
             self.listen_for_status();
+        }
+    }
+
+    /// Enforces network policies, or takes away what an earlier run that did has left.
+    pub(super) fn enforce_policies(&mut self) {
+        match self.start.name.as_ref().filter(|_| self.config.network_policy) {
+            Some(name) => {
+                let access = self.uplink.access.clone();
+                let seed = u64::from(self.local.port) ^ unix_now_ms();
+                let start = policy::Start { node: name.to_string(), access, pace: Pace::default(), seed };
+                self.policy = Some(Enforcer::start(start));
+            }
+            None => drop(tokio::task::spawn_blocking(policy::remove)),
         }
     }
 
@@ -231,6 +248,7 @@ impl Driver {
         self.save();
         drop(self.service);
         drop(self.status);
+        drop(self.policy);
         drop(self.keeper);
         if let Some(saver) = self.saver {
             saver.finish().await;
