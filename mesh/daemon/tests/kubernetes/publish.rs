@@ -89,7 +89,7 @@ fn what_the_controller_says_of_a_node_is_read_from_its_node_or_else_its_member()
                 "lastTransitionTime": "2026-01-01T00:00:00Z",
             })
         };
-        let say = |object: &str, conditions: serde_json::Value| {
+        let say = |object: &str, conditions: Value| {
             let patch = serde_json::json!({ "status": { "conditions": conditions } }).to_string();
             server.kubectl(&["patch", object, "w", "--subresource=status", "--type=merge", "--patch", &patch])
         };
