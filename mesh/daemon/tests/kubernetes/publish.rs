@@ -94,9 +94,9 @@ fn what_the_controller_says_of_a_node_is_read_from_its_node_or_else_its_member()
             server.kubectl(&["patch", object, "w", "--subresource=status", "--type=merge", "--patch", &patch])
         };
         say("member", serde_json::json!([condition("Approved", "False", "it waits")]))?;
-        let access = access(server, "conditions")?;
         let asked = || {
-            let access = access.clone();
+            // A client lives no longer than the runtime that it was made in.
+            let access = access(server, "conditions")?;
             run(async move {
                 let registry = registry(&hub(access, hasty()), 3, "w");
                 let asked = registry.conditions().unwrap();
