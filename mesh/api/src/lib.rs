@@ -5,7 +5,6 @@
 
 #![forbid(unsafe_code)]
 
-pub mod errors;
 mod resources;
 
 pub use resources::{
