@@ -63,6 +63,20 @@ const PODS: [PodRow; 7] = [
 /// The namespaces and their labels.
 const NAMESPACES: [(&str, &[(&str, &str)]); 2] = [("default", &[("team", "base")]), ("shop", &[("team", "shop")])];
 
+const SERVICE: &str = "table inet service {
+    chain prerouting {
+        type nat hook prerouting priority dstnat;
+        ip daddr 10.96.0.1 dnat ip to 10.42.1.1
+        ip6 daddr fd00:96::1 dnat ip6 to fd00:42:0:1::1
+    }
+    chain postrouting {
+        type nat hook postrouting priority srcnat;
+        ip saddr 10.42.1.1 ip daddr 10.42.1.1 masquerade
+        ip6 saddr fd00:42:0:1::1 ip6 daddr fd00:42:0:1::1 masquerade
+    }
+}
+";
+
 pub(crate) struct Stage {
     pub(crate) cluster: Cluster,
     pub(crate) places: BTreeMap<String, Place>,
@@ -122,7 +136,12 @@ impl Stage {
                 fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1")
             })?;
         }
-        for name in places.keys().filter(|name| *name != "outside-2") {
+        // A Service, as kube-proxy would make it: the destination is web's, and a pod that calls itself gets another source.
+        for node in ["node-1", "node-2"] {
+            within(node, || feed(&["nft", "-f", "-"], SERVICE))?;
+        }
+        places.insert("service".to_owned(), place("10.96.0.1", "fd00:96::1"));
+        for name in places.keys().filter(|name| !["outside-2", "service"].contains(&name.as_str())) {
             within(name, listen).with_context(|| format!("listen in {name}"))?;
         }
         let kernels = ["node-1", "node-2"].map(|node| within(node, || KernelTable::open(policy::TABLE)));
@@ -180,7 +199,7 @@ impl Stage {
 
     /// The first packets wait for neighbours to be found, and addresses to be usable.
     fn wait_until_open(&self) -> Result<()> {
-        let names: Vec<&String> = self.places.keys().collect();
+        let names: Vec<&String> = self.places.keys().filter(|name| *name != "service").collect();
         for family in Family::ALL {
             for name in &names {
                 let target = if name.starts_with("outside") { "web" } else { "outside" };

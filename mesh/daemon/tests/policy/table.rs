@@ -61,6 +61,8 @@ fn whom() -> Vec<Case> {
                 "node-2 > web tcp/80 no",
                 "web > client tcp/80 yes",
                 "web > web tcp/80 yes",
+                "web > service tcp/80 yes",
+                "client > service tcp/80 no",
                 "client > db tcp/80 yes",
                 "cart > api tcp/80 yes",
             ],
@@ -74,7 +76,15 @@ fn whom() -> Vec<Case> {
         one(
             "pods of the namespace with a label, not those of the host's network",
             ingress(json!([{ "from": [{ "podSelector": labelled("app", "client") }] }])),
-            &["client > web tcp/80 yes", "db > web tcp/80 no", "cart > web tcp/80 no", "node-2 > web tcp/80 no"],
+            &[
+                "client > web tcp/80 yes",
+                "client > service tcp/80 yes",
+                "far > service tcp/80 yes",
+                "db > service tcp/80 no",
+                "db > web tcp/80 no",
+                "cart > web tcp/80 no",
+                "node-2 > web tcp/80 no",
+            ],
         ),
         one(
             "all pods of a namespace",
