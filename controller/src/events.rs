@@ -20,6 +20,7 @@ use tokio::sync::mpsc;
 
 use crate::decide::{Event, Regarding};
 use crate::metrics::{ErrorLabels, Metrics};
+use crate::words::words;
 
 /// Events that wait; more are dropped and counted. A burst of 200 nodes brings some hundreds.
 const CHANNEL: usize = 1024;
@@ -83,7 +84,12 @@ async fn publish(client: Client, instance: String, mut events: mpsc::Receiver<Ev
             published.remove(&digest);
             let code = if let kube::Error::Api(status) = &error { status.code.to_string() } else { "none".into() };
             metrics.api_errors.get_or_create(&ErrorLabels { during: "event", code }).inc();
-            tracing::debug!(%error, reason = event.reason, object = event.name, "an event could not be published");
+            tracing::debug!(
+                error = words(&error),
+                reason = event.reason,
+                object = event.name,
+                "an event could not be published"
+            );
         }
     }
 }

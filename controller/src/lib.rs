@@ -27,3 +27,4 @@ pub mod run;
 pub mod slim;
 pub mod view;
 pub mod watch;
+pub mod words;

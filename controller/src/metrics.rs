@@ -12,6 +12,9 @@ use prometheus_client::registry::{Metric, Registry};
 /// Before every name.
 pub const PREFIX: &str = "keystone_controller";
 
+/// The result of a write that was done and changed nothing; it is counted as done, too.
+pub const FUTILE: &str = "futile";
+
 /// A label of one name.
 macro_rules! label {
     ($(#[$doc:meta])* $type:ident { $field:ident }) => {
@@ -49,7 +52,7 @@ label!(
 pub struct ActionLabels {
     /// The kind.
     pub kind: &'static str,
-    /// `done`, `conflict`, `gone`, `refused`, `failed` or `dropped`.
+    /// `done`, `conflict`, `gone`, `refused`, `failed`, `dropped` or [`FUTILE`].
     pub result: &'static str,
 }
 
@@ -91,6 +94,8 @@ pub struct Metrics {
     pub peers: Family<State, Gauge>,
     /// Join tokens by state.
     pub join_tokens: Family<State, Gauge>,
+    /// Members that are no Nodes and were absent for a day or longer.
+    pub absent_members: Gauge,
     /// Routes that were asked for and are not given.
     pub refused_routes: Gauge,
     /// Objects with something that does not read, by resource.
@@ -117,6 +122,8 @@ pub struct Metrics {
     pub api_errors: Family<ErrorLabels, Counter>,
     /// Whether this replica leads.
     pub leader: Gauge,
+    /// Whether somebody leads, as this replica sees it.
+    pub leader_seen: Gauge,
     /// Questions to reporters by result.
     pub polls: Family<PollLabels, Counter>,
     /// When each reporter last answered.
@@ -130,6 +137,7 @@ impl Default for Metrics {
             ready_nodes: Family::default(),
             peers: Family::default(),
             join_tokens: Family::default(),
+            absent_members: Gauge::default(),
             refused_routes: Gauge::default(),
             faulty_objects: Family::default(),
             addresses: Family::default(),
@@ -144,6 +152,7 @@ impl Default for Metrics {
             in_flight: Gauge::default(),
             api_errors: Family::default(),
             leader: Gauge::default(),
+            leader_seen: Gauge::default(),
             polls: Family::default(),
             last_report: Family::default(),
         }
@@ -160,6 +169,11 @@ impl Metrics {
         table.gauge("peers", "Plain WireGuard peers by readiness: true or false", &self.peers);
         table.gauge("join_tokens", "Join tokens by state: usable, expired, used-up or revoked", &self.join_tokens);
         table.gauge("addresses", "IPv4 mesh addresses by state: held or free", &self.addresses);
+        table.gauge(
+            "absent_members",
+            "Members that are no Nodes and were out of reach, or without a record, for a day or longer",
+            &self.absent_members,
+        );
         table.gauge("refused_routes", "Routes that were asked for and are not given", &self.refused_routes);
         table.gauge(
             "faulty_objects",
@@ -176,7 +190,7 @@ impl Metrics {
         );
         table.counter(
             "actions",
-            "Writes that were decided, by kind and by result: done, conflict, gone, refused, failed or dropped",
+            "Writes that were decided, by kind and by result: done, conflict, gone, refused, failed or dropped; futile are those of done that changed nothing",
             &self.actions,
         );
         table.histogram("write_duration_seconds", "How long the API server took for a write", &self.write_duration);
@@ -188,6 +202,11 @@ impl Metrics {
             &self.api_errors,
         );
         table.gauge("leader", "1 on the replica that leads", &self.leader);
+        table.gauge(
+            "leader_seen",
+            "1 where this replica leads or sees that another one renews the Lease",
+            &self.leader_seen,
+        );
         table.counter(
             "report_polls",
             "Questions to reporting nodes by result: ok, timeout, refused or malformed",

@@ -1,5 +1,7 @@
 //! How machines stand, in words: conditions of Nodes, status of Members.
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::api::core::v1::NodeCondition;
 use keystone_mesh_core::admission::{JoinRefusal, addresses_of};
 use keystone_mesh_core::ledger::Holder;
@@ -14,7 +16,8 @@ use super::conditions::{self, Verdict};
 use super::readiness::{self, Readiness};
 use super::routes::Routes;
 use crate::view::{
-    APPROVED_CONDITION, ClusterView, MemberView, NODE_CONDITION, NodeView, Now, ROUTES_CONDITION, WISHES_CONDITION,
+    APPROVED_CONDITION, ClusterView, MemberView, NODE_CONDITION, NodeView, Now, REACHED_CONDITION, ROUTES_CONDITION,
+    WISHES_CONDITION,
 };
 
 /// What is needed to say how machines stand.
@@ -35,10 +38,19 @@ pub(super) fn act(context: &Context<'_>, census: &Census<'_>) -> (Vec<Action>, O
             let readiness = readiness::judge(context.view, machine, node, context.now);
             again_at = again_at.into_iter().chain(readiness.again_at).min();
             actions.extend(readiness.taints.clone());
-            actions.extend(of_node(context, machine, node, readiness));
+            if !readiness.taint_first {
+                actions.extend(of_node(context, machine, node, readiness));
+            }
         }
         if let Some(member) = machine.member.filter(|member| !member.deleting) {
-            actions.extend(of_member(context, machine, member));
+            let (reached, turns_at) = readiness::of_member(context.view, machine, member, context.now);
+            let counted_at = readiness::absent_since(machine).map(|since| since.saturating_add(readiness::ABSENT));
+            let times = [turns_at, counted_at, recorded_by(machine, member)]
+                .into_iter()
+                .flatten()
+                .filter(|at| *at > context.now);
+            again_at = again_at.into_iter().chain(times).min();
+            actions.extend(of_member(context, machine, member, reached));
         }
         actions.extend(machine.leftover.filter(|leftover| !leftover.deleting).map(|leftover| goes(machine, leftover)));
     }
@@ -52,12 +64,14 @@ fn of_node(context: &Context<'_>, machine: &Machine<'_>, node: &NodeView, readin
         routes(context, machine, ROUTES_CONDITION),
         wishes(context, machine, WISHES_CONDITION),
     ];
-    let mut conditions: Vec<NodeCondition> = Vec::new();
+    let mut conditions: BTreeMap<&str, &NodeCondition> =
+        node.conditions.iter().map(|(condition, current)| (condition.as_str(), current)).collect();
+    let mut changed: Vec<NodeCondition> = Vec::new();
     let mut events = Vec::new();
     for verdict in verdicts.into_iter().flatten() {
         let current = node.conditions.get(verdict.condition);
         let Some(condition) = conditions::of_node(current, &verdict, context.now) else { continue };
-        conditions.push(condition);
+        changed.push(condition);
         let news = current.is_none_or(|current| {
             current.status != verdict.status || current.reason.as_deref() != Some(verdict.reason)
         });
@@ -69,15 +83,17 @@ fn of_node(context: &Context<'_>, machine: &Machine<'_>, node: &NodeView, readin
             Event { regarding: Regarding::Node, name, uid, warning, reason, note }
         }));
     }
-    if conditions.is_empty() {
+    if changed.is_empty() {
         return None;
     }
-    let said: Vec<String> = conditions
+    let said: Vec<String> = changed
         .iter()
         .map(|condition| {
             format!("{} is {} ({})", condition.type_, condition.status, condition.reason.as_deref().unwrap_or_default())
         })
         .collect();
+    conditions.extend(changed.iter().map(|condition| (condition.type_.as_str(), condition)));
+    let conditions = conditions.into_values().cloned().collect();
     let target = Target { name: node.name.clone(), uid: node.uid.clone() };
     Some(Action { effect: Effect::NodeConditions { target, conditions }, reason: said.join(", "), events })
 }
@@ -87,7 +103,12 @@ fn worth_an_event(verdict: &Verdict) -> bool {
     !matches!(verdict.reason, "NotApproved" | "Revoked" | "CloudGone")
 }
 
-fn of_member(context: &Context<'_>, machine: &Machine<'_>, member: &MemberView) -> Option<Action> {
+fn of_member(
+    context: &Context<'_>,
+    machine: &Machine<'_>,
+    member: &MemberView,
+    reached: Option<Verdict>,
+) -> Option<Action> {
     let mut status = member.status.clone();
     if !matches!(machine.standing, Standing::Undecided(_)) {
         let theirs = machine.admitted().filter(|(identity, _)| *identity == member.identity);
@@ -98,14 +119,17 @@ fn of_member(context: &Context<'_>, machine: &Machine<'_>, member: &MemberView) 
     let other = machine.admitted().filter(|(identity, _)| *identity != member.identity);
     let approved = match other {
         Some((identity, _)) => Some(taken(machine.name, &identity.short())),
-        None => approved(context, machine, "Approved"),
+        None => approved(context, machine, "Approved").or_else(|| no_record(context, machine, member)),
     };
     // While there is a Node, the news are told there.
     let own = machine.node.is_none();
     let routes = routes(context, machine, "RoutesAccepted").filter(|_| own);
     let wishes = wishes(context, machine, "WishesAccepted").filter(|_| own);
     let mut events = Vec::new();
-    for verdict in [node, approved, routes, wishes].into_iter().flatten() {
+    if !own {
+        status.conditions.retain(|condition| condition.type_ != REACHED_CONDITION);
+    }
+    for verdict in [node, approved, routes, wishes, reached].into_iter().flatten() {
         if conditions::set(&mut status.conditions, &verdict, None, context.now) && (own || other.is_some()) {
             events.extend(verdict.warning().map(|(reason, note)| event_of(member, true, reason, note)));
         }
@@ -117,6 +141,26 @@ fn of_member(context: &Context<'_>, machine: &Machine<'_>, member: &MemberView) 
     Some(Action { effect, reason: "how it stands has changed".to_owned(), events })
 }
 
+/// A Member whose machine never said anything of itself.
+fn no_record(context: &Context<'_>, machine: &Machine<'_>, member: &MemberView) -> Option<Verdict> {
+    recorded_by(machine, member).filter(|by| context.now >= *by).map(|_| {
+        let why = format!(
+            "no record of this machine ever came, so it has no address; it joins with its token or by its Node, and if it \
+             never will, run `keystone-mesh remove {}` on the control plane",
+            machine.name
+        );
+        Verdict::unknown("Approved", readiness::NO_RECORD, why)
+    })
+}
+
+/// When the record that comes with a Member should be there, where it is not.
+fn recorded_by(machine: &Machine<'_>, member: &MemberView) -> Option<Now> {
+    /// A join takes seconds, in milliseconds.
+    const JOINING: u64 = 60_000;
+    let silent = machine.node.is_none() && machine.standing == Standing::Silent;
+    silent.then(|| member.created.saturating_add(JOINING))
+}
+
 /// A Member vouches for another machine than the one that has the name.
 fn taken(name: &NodeName, known: &str) -> Verdict {
     let refusal = JoinRefusal::NameTaken { name: name.clone(), known: known.to_owned() };
@@ -124,22 +168,8 @@ fn taken(name: &NodeName, known: &str) -> Verdict {
 }
 
 fn goes(machine: &Machine<'_>, leftover: &MemberView) -> Action {
-    let note = match &machine.standing {
-        Standing::Revoked(Revocation::CloudGone(claim)) => {
-            format!("Deleted: `{claim}`, the autoscaler's object of this machine, was deleted")
-        }
-        Standing::Silent
-        | Standing::Waiting(_)
-        | Standing::Refused(_)
-        | Standing::Changed { .. }
-        | Standing::Undecided(_)
-        | Standing::Spending
-        | Standing::Entering(_)
-        | Standing::Adopting(..)
-        | Standing::Admitted { .. }
-        | Standing::Revoked(Revocation::Earlier)
-        | Standing::Leaving => "Deleted: its Node was deleted".to_owned(),
-    };
+    let why = machine.standing.cloud_gone();
+    let note = format!("Deleted: {}", why.as_deref().unwrap_or("its Node was deleted"));
     let events = vec![event_of(leftover, false, "MemberDeleted", note.clone())];
     Action { effect: Effect::DeleteMember { target: target(leftover) }, reason: note, events }
 }
@@ -182,11 +212,10 @@ fn approved(context: &Context<'_>, machine: &Machine<'_>, condition: &'static st
                  machine was reinstalled, run `keystone-mesh approve {name}` on the control plane"
             ),
         ),
-        Standing::Revoked(Revocation::CloudGone(claim)) => Verdict::no(
-            condition,
-            "CloudGone",
-            format!("out of the network: `{claim}`, the autoscaler's object of this machine, was deleted"),
-        ),
+        Standing::Revoked(Revocation::CloudGone(_)) => {
+            let why = machine.standing.cloud_gone().unwrap_or_default();
+            Verdict::no(condition, "CloudGone", format!("out of the network: {why}"))
+        }
         Standing::Revoked(Revocation::Earlier) => Verdict::no(
             condition,
             "Revoked",

@@ -5,8 +5,9 @@ use std::net::TcpListener;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use k8s_openapi::api::core::v1::{Node, NodeCondition};
+use k8s_openapi::api::core::v1::{Node, NodeCondition, Taint};
 use k8s_openapi::api::events::v1::Event;
+use keystone_lab::wait;
 use keystone_mesh_api::{JoinToken, Member, Peer, READY_CONDITION, STARTUP_TAINT};
 use keystone_mesh_core::annotations;
 use keystone_mesh_core::key::Secret;
@@ -17,7 +18,7 @@ use kube::api::{Api, ListParams, PostParams};
 use kube::{Client, ResourceExt};
 use serde_json::json;
 
-use crate::world::{Machine, PATIENCE, create, delete, in_world};
+use crate::world::{Machine, PATIENCE, POLL, create, delete, in_world};
 
 const AUTO: &[&str] = &["--approval=auto"];
 
@@ -39,8 +40,7 @@ fn a_node_is_approved_and_its_address_given_back_when_it_goes() {
         );
 
         let node = world.with_client(async |client| Ok(Api::<Node>::all(client).get(machine.name()).await?))?;
-        let taints = node.spec.unwrap().taints.unwrap_or_default();
-        assert!(taints.iter().any(|taint| taint.key == "someone.else/starting"), "{taints:?}");
+        assert!(taints(&node).iter().any(|key| key == "someone.else/starting"), "{:?}", taints(&node));
         let managers = node.metadata.managed_fields.unwrap_or_default();
         assert!(managers.iter().any(|entry| entry.manager.as_deref() == Some("keystone-controller")));
         world.until("an event tells of it", PATIENCE, async |client| {
@@ -55,13 +55,22 @@ fn a_node_is_approved_and_its_address_given_back_when_it_goes() {
         let ledger = world.with_client(async |client| world.ledger(&client).await)?;
         assert_eq!(ledger.held_by(&holder), None);
 
-        // Nothing is left to do, so nothing is written.
-        let writes = |server: &keystone_kubelab::ApiServer| {
-            server.metrics().map(|metrics| metrics.writes("nodes") + metrics.writes("configmaps"))
-        };
-        let before = writes(world.server)?;
-        std::thread::sleep(Duration::from_secs(2));
-        assert_eq!(writes(world.server)?, before);
+        // Nothing is left to do, so nothing is written: whatever was wanted before stands when a later Node, of which there
+        // is nothing to say, has its taint.
+        let writes = || world.server.metrics().map(|metrics| metrics.writes("nodes") + metrics.writes("configmaps"));
+        let before = writes()?;
+        world.with_client(async |client| {
+            let later: Node = serde_json::from_value(json!({"metadata": {"name": "later"}}))?;
+            Ok(Api::<Node>::all(client).create(&PostParams::default(), &later).await?)
+        })?;
+        world.until("the later Node has its taint", PATIENCE, async |client| {
+            let node = Api::<Node>::all(client.clone()).get("later").await?;
+            Ok(taints(&node).iter().any(|key| key == STARTUP_TAINT).then_some(()))
+        })?;
+        let written = wait::until("both writes are counted", PATIENCE, POLL, || {
+            Ok(Some(writes()? - before).filter(|written| *written >= 2))
+        })?;
+        assert_eq!(written, 2);
         assert!(controller.process.terminate(PATIENCE)?.success());
         Ok(())
     });
@@ -170,10 +179,6 @@ fn a_node_that_peers_reach_is_ready_and_loses_its_startup_taint() {
             Ok(())
         })?;
         let approvals = world.until_approved(&[home.clone(), worker.clone()], PATIENCE)?;
-        let taints = |node: &Node| -> Vec<String> {
-            let taints = node.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
-            taints.map(|taint| taint.key.clone()).collect()
-        };
         world.until("the startup taint is there", PATIENCE, async |client| {
             let node = Api::<Node>::all(client.clone()).get(worker.name()).await?;
             Ok(taints(&node).iter().any(|key| key == STARTUP_TAINT).then_some(()))
@@ -235,6 +240,63 @@ fn a_machine_that_its_autoscaler_took_is_out_while_its_node_is_still_there() {
     });
 }
 
+#[test]
+fn pod_cidrs_are_routed_an_overlap_names_both_sides_and_a_raw_node_is_initialised() {
+    let name = "approval::pod_cidrs_are_routed_an_overlap_names_both_sides_and_a_raw_node_is_initialised";
+    in_world(name, |world| {
+        let _controller = world.controller("a", 9001, &["--approval=auto", "--node-init"])?;
+        let machines = Machine::many("w", 2);
+        let (uninitialized, cidr) = ("node.cloudprovider.kubernetes.io/uninitialized", "10.42.1.0/24");
+        let routes = async |client: &Client, machine: &Machine| {
+            let approval = world.approvals(client).await?.remove(machine.name());
+            anyhow::Ok(approval.map(|approval| approval.routes).unwrap_or_default())
+        };
+        let create = |machine: &Machine| {
+            let mut node = machine.node();
+            let spec = node.spec.get_or_insert_default();
+            spec.pod_cidrs = Some(vec![cidr.to_owned()]);
+            spec.taints.get_or_insert_default().push(Taint {
+                key: uninitialized.to_owned(),
+                effect: "NoSchedule".to_owned(),
+                ..Taint::default()
+            });
+            world.with_client(async |client| Ok(Api::<Node>::all(client).create(&PostParams::default(), &node).await?))
+        };
+        create(&machines[0])?;
+        world.until("its podCIDR is its route", PATIENCE, async |client| {
+            Ok((routes(client, &machines[0]).await? == [cidr.parse()?]).then_some(()))
+        })?;
+        create(&machines[1])?;
+        let refused = world.until("the overlap is refused", PATIENCE, async |client| {
+            let node = Api::<Node>::all(client.clone()).get(machines[1].name()).await?;
+            Ok(condition(&node, "MeshRoutes").filter(|condition| condition.status == "False"))
+        })?;
+        let message = refused.message.unwrap_or_default();
+        assert_eq!(refused.reason.as_deref(), Some("RouteOverlap"));
+        assert!(message.contains(cidr) && message.contains(machines[0].name()), "{message}");
+
+        let node = world.until("it is initialised", PATIENCE, async |client| {
+            let node = Api::<Node>::all(client.clone()).get(machines[1].name()).await?;
+            Ok((!taints(&node).iter().any(|key| key == uninitialized)).then_some(node))
+        })?;
+        let label = |name: &str| node.labels().get(&format!("topology.kubernetes.io/{name}")).map(String::as_str);
+        assert_eq!((label("region"), label("zone")), (Some("home"), Some("home")));
+        let id = node.spec.as_ref().and_then(|spec| spec.provider_id.as_deref());
+        assert_eq!(id, Some("keystone://home/w-1"));
+        let addresses = node.status.and_then(|status| status.addresses).unwrap_or_default();
+        assert!(
+            addresses.iter().any(|one| one.type_ == "InternalIP" && one.address.starts_with("10.98.")),
+            "{addresses:?}"
+        );
+
+        // When the first one goes, the other has the route.
+        world.with_client(async |client| delete(&client, &machines[..1]).await)?;
+        world.until("the route is the other's", PATIENCE, async |client| {
+            Ok((routes(client, &machines[1]).await? == [cidr.parse()?]).then_some(()))
+        })
+    });
+}
+
 const NODE_CLAIMS: &str = r#"{
     "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
     "metadata": {"name": "nodeclaims.karpenter.sh",
@@ -283,6 +345,11 @@ fn a_plain_peer_is_served_by_its_node() {
         world.until_approved(&machines, PATIENCE)?;
         Ok(())
     });
+}
+
+fn taints(node: &Node) -> Vec<String> {
+    let taints = node.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
+    taints.map(|taint| taint.key.clone()).collect()
 }
 
 fn condition(node: &Node, kind: &str) -> Option<NodeCondition> {

@@ -5,6 +5,7 @@
 pub mod agent;
 pub mod cli;
 pub mod clock;
+pub mod cni;
 pub mod config;
 pub mod control;
 pub mod daemon;
@@ -16,6 +17,8 @@ pub mod kube_api;
 pub mod lifeline;
 pub mod member;
 pub mod metrics;
+pub mod nftables;
+pub mod policy;
 pub mod preflight;
 pub mod quic;
 pub mod registry;

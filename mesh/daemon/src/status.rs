@@ -17,6 +17,9 @@ use crate::registry::counts::GatewaySnapshot;
 pub struct Status {
     /// This node.
     pub node: Node,
+    /// What the controller says of this node; only where it was asked for, and the registry is Kubernetes.
+    #[serde(default)]
+    pub conditions: Vec<Condition>,
     /// The relays it listens on.
     pub relays: Vec<Relay>,
     /// Where it publishes and watches records.
@@ -34,6 +37,9 @@ pub struct Status {
     pub data_plane: DataPlane,
     /// What the control side did.
     pub counts: Counts,
+    /// Network policies, where this node enforces them.
+    #[serde(default)]
+    pub network_policy: Option<NetworkPolicy>,
     /// The gateway, on the control plane.
     pub gateway: Option<GatewaySnapshot>,
     /// The relay inside this node, where it serves as one.
@@ -55,6 +61,10 @@ pub struct Node {
     pub public_key: PublicKey,
     /// Its mesh addresses.
     pub addresses: Vec<IpNet>,
+    /// Networks of its pods.
+    pub pod_cidrs: Vec<IpNet>,
+    /// The mesh's own prefixes; none while the network is not known.
+    pub mesh_cidrs: Vec<IpNet>,
     /// Whether it is the control plane's host.
     pub control_plane: bool,
     /// Whether the network has let it in.
@@ -79,6 +89,20 @@ pub struct Node {
     pub pid: u32,
     /// Seconds since the daemon started.
     pub uptime_s: f64,
+}
+
+/// A condition of this node's object in Kubernetes.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+pub struct Condition {
+    /// Its type, such as `MeshReady`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// `True`, `False` or `Unknown`.
+    pub status: String,
+    /// Why, for programs.
+    pub reason: String,
+    /// Why, for people.
+    pub message: String,
 }
 
 /// What the network says of a node.
@@ -236,6 +260,8 @@ pub struct Peer {
     pub addresses: Vec<IpNet>,
     /// Networks behind it.
     pub routes: Vec<IpNet>,
+    /// Networks of its pods.
+    pub pod_cidrs: Vec<IpNet>,
     /// Where it stands, as people named it.
     pub location: Option<Location>,
     /// The node that serves it; none for a node of the mesh, or a plain peer of this node's configuration.
@@ -332,6 +358,38 @@ pub struct Counts {
     pub kernel_repairs: u64,
     /// Addresses, routes and rules that the kernel refused.
     pub kernel_errors: u64,
+}
+
+/// The enforcement of Kubernetes' network policies.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+pub struct NetworkPolicy {
+    /// `waiting` (nothing was applied yet), `current`, `stale` (what was heard last stays in force) or `failed`.
+    pub state: String,
+    /// Why it is not current.
+    pub reason: Option<String>,
+    /// Policies of the cluster.
+    pub policies: usize,
+    /// Those of them that could be read in part only.
+    pub faulty_policies: usize,
+    /// Pods of this node that policies isolate.
+    pub isolated_pods: usize,
+    /// Those of them that have no address yet.
+    pub waiting_pods: usize,
+    /// Transactions that the kernel took.
+    pub applies: u64,
+    /// Those that it refused.
+    pub errors: u64,
+    /// Those of them that put right what somebody else had changed.
+    pub repairs: u64,
+    /// How long the last took, in milliseconds, with what led to it.
+    pub apply_ms: Option<f64>,
+    /// Seconds since the kernel was last known to have what it should.
+    pub last_applied_s: Option<f64>,
+}
+
+impl NetworkPolicy {
+    /// Every word for a state.
+    pub const STATES: [&str; 4] = ["waiting", "current", "stale", "failed"];
 }
 
 /// What `/v1/peers` says.

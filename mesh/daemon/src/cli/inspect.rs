@@ -5,7 +5,7 @@ use ipnet::IpNet;
 use super::output::{ago, bytes, print, print_json, table};
 use crate::config::Places;
 use crate::control::{self, Answer, Request, not_the_question};
-use crate::status::{Peer, PlainPeer, Registry, Status};
+use crate::status::{Approval, Condition, NetworkPolicy, Peer, PlainPeer, Registry, Status};
 
 /// Asks the daemon for its status.
 pub(super) async fn fetch(places: &Places) -> anyhow::Result<Status> {
@@ -14,7 +14,14 @@ pub(super) async fn fetch(places: &Places) -> anyhow::Result<Status> {
 }
 
 pub(super) async fn status(places: &Places, json: bool) -> anyhow::Result<()> {
-    let status = fetch(places).await?;
+    let mut status = fetch(places).await?;
+    if status.registry.kind == "kubernetes" && status.registry.state == "current" {
+        match control::ask(&places.socket(), &Request::Conditions).await {
+            Ok(Answer::Conditions { conditions }) => status.conditions = conditions,
+            Ok(_) => return Err(not_the_question().into()),
+            Err(error) => status.warnings.push(format!("what the controller says of this node is not known: {error}")),
+        }
+    }
     if json { print_json(&status) } else { print(&describe(&status)) }
 }
 
@@ -42,15 +49,19 @@ fn head(status: &Status) -> String {
     let name = node.name.as_ref().map_or("(plain WireGuard)", |name| name.as_str());
     let role = if node.control_plane { ", control plane" } else { "" };
     let addresses: Vec<String> = node.addresses.iter().map(|net| net.addr().to_string()).collect();
-    let mut text = format!("{name}{role}  {}\n", addresses.join("  "));
+    let mut text = format!("{name}{role}  {}", addresses.join("  ")).trim_end().to_owned() + "\n";
     let mut fact = |key: &str, value: String| text.push_str(&format!("  {key:<10} {value}\n"));
     fact("interface", format!("{} (MTU {}), UDP port {}", node.interface, node.mtu, node.listen_port));
     if let Some(network) = node.network {
         fact("network", network.to_string());
     }
     if node.name.is_some() {
+        fact("identity", node.identity.to_string());
         let why = node.approval_reason.as_ref().map_or(String::new(), |why| format!(": {why}"));
         fact("approval", format!("{}{why}", node.approval.label()));
+        for condition in status.conditions.iter().filter(|condition| !repeats(condition, node.approval)) {
+            fact("condition", describe_condition(condition));
+        }
         if let Some(location) = &node.location {
             fact("location", location.to_string());
         }
@@ -62,7 +73,13 @@ fn head(status: &Status) -> String {
                 if node.endpoints.is_empty() { String::new() } else { format!("; {}", node.endpoints.join(", ")) }
             ),
         );
+        if !node.pod_cidrs.is_empty() {
+            fact("pods", words(&node.pod_cidrs));
+        }
         fact("registry", registry(&status.registry));
+    }
+    if let Some(policy) = &status.network_policy {
+        fact("policy", network_policy(policy));
     }
     for relay in &status.relays {
         let rtt = relay.rtt_ms.map_or(String::new(), |rtt| format!(", {rtt:.1} ms"));
@@ -84,6 +101,34 @@ fn head(status: &Status) -> String {
     }
     text.push('\n');
     text
+}
+
+/// The enforcement of network policies in a line.
+fn network_policy(policy: &NetworkPolicy) -> String {
+    let NetworkPolicy { state, policies, isolated_pods, .. } = policy;
+    let mut text = format!("{state}, {policies} network policies, {isolated_pods} pods here isolated");
+    if policy.waiting_pods > 0 {
+        text.push_str(&format!(", {} of them without an address yet", policy.waiting_pods));
+    }
+    if let Some(why) = &policy.reason {
+        text.push_str(&format!(": {why}"));
+    }
+    text
+}
+
+/// Whether a condition says no more than the line of the approval.
+fn repeats(condition: &Condition, approval: Approval) -> bool {
+    match approval {
+        Approval::Approved => condition.kind.ends_with("Approved") && condition.status == "True",
+        Approval::Pending => condition.reason == "WaitingForApproval",
+        Approval::Revoked | Approval::None => false,
+    }
+}
+
+fn describe_condition(condition: &Condition) -> String {
+    let Condition { kind, status, reason, message } = condition;
+    let code = if status == "True" { String::new() } else { format!(" ({reason})") };
+    format!("{kind} {status}{code}: {message}")
 }
 
 /// The registry in a line, with how long it has been lost and what stands in for it.
@@ -115,13 +160,16 @@ fn plain_table(peers: &[PlainPeer]) -> String {
     if peers.is_empty() {
         return String::new();
     }
-    let words = |nets: &[IpNet]| nets.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
     let row = |peer: &PlainPeer| {
         let address = peer.addresses.first().map_or_else(|| "-".to_owned(), |net| net.addr().to_string());
         vec![peer.name.to_string(), address, peer.served_by.to_string(), words(&peer.routes)]
     };
     let rows: Vec<Vec<String>> = peers.iter().map(row).collect();
     format!("\n{}", table(&["PLAIN PEER", "ADDRESS", "SERVED BY", "ROUTES"], &rows))
+}
+
+fn words(nets: &[IpNet]) -> String {
+    nets.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
 }
 
 fn row(peer: &Peer) -> Vec<String> {
@@ -142,7 +190,6 @@ fn row(peer: &Peer) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::status::Approval;
     use crate::status::tests::sample;
 
     #[test]
@@ -160,6 +207,7 @@ mod tests {
             "home, control plane  10.98.0.1",
             "  approval   approved",
             "  location   home/attic",
+            "  pods       10.42.0.0/24",
             "  registry   embedded, current",
             "  faults     1, first worker-odd: broken",
             "PLAIN PEER  ADDRESS    SERVED BY  ROUTES",
@@ -167,6 +215,26 @@ mod tests {
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
         }
+    }
+
+    #[test]
+    fn conditions_show_their_reason_where_they_are_not_true() {
+        let mut status = sample();
+        let condition = |kind: &str, status: &str, reason: &str, message: &str| Condition {
+            kind: kind.into(),
+            status: status.into(),
+            reason: reason.into(),
+            message: message.into(),
+        };
+        status.conditions = vec![
+            condition("MeshApproved", "True", "Approved", "in the network with 10.98.0.1"),
+            condition("MeshReady", "True", "Reached", "its peers reach it through the mesh"),
+            condition("MeshRoutes", "False", "RouteOverlap", "10.42.1.0/24 overlaps"),
+        ];
+        let text = head(&status);
+        assert!(text.contains("  condition  MeshReady True: its peers reach it through the mesh\n"), "{text}");
+        assert!(!text.contains("MeshApproved"), "the line of the approval says it: {text}");
+        assert!(text.contains("  condition  MeshRoutes False (RouteOverlap): 10.42.1.0/24 overlaps\n"), "{text}");
     }
 
     #[test]

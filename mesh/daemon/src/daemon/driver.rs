@@ -18,15 +18,19 @@ use super::saver::Saver;
 use super::uplink::Uplink;
 use super::{End, Local, Start, hints, report};
 use crate::clock::unix_now_ms;
+use crate::cni::facts::FactsFile;
+use crate::cni::installer::Installer;
 use crate::config::Config;
 use crate::control::{Answer, Call, Request};
 use crate::dataplane::DataEvent;
 use crate::http::{HttpServer, listen, pages};
 use crate::kube_api::access::Grant;
+use crate::kube_api::watch::Pace;
 use crate::member;
+use crate::policy::{self, Enforcer};
 use crate::quic::relay_client::RelayState;
-use crate::registry::Event;
 use crate::registry::kubernetes::hub::Known;
+use crate::registry::{self, Event};
 use crate::service::Service;
 use crate::signals::Stop;
 use crate::state::{LivePeer, Membership, Snapshot};
@@ -38,6 +42,10 @@ const SAMPLE: Duration = Duration::from_millis(100);
 const SAMPLE_QUIET: Duration = Duration::from_millis(500);
 /// How long after the last traffic the counters are sampled more seldom: an idle daemon should cost nothing that shows.
 const QUIET_AFTER: Duration = Duration::from_secs(5);
+
+/// Events of the registry that are handed to the machine in one go. As many as a registry keeps for a slow reader; data
+/// plane and control socket wait meanwhile, some milliseconds.
+const EVENTS_AT_ONCE: usize = registry::backend::CHANGES;
 
 /// What the registry last said about itself.
 #[derive(Clone, Debug)]
@@ -76,15 +84,34 @@ pub(super) struct Driver {
     published: Option<NodeRecord>,
     timeout: Option<Instant>,
     saver: Option<Saver>,
+    pub(super) pods: Pods,
+    facts_due: bool,
     dirty: bool,
     pub(super) counts: Counts,
     service: Option<(Vec<IpAddr>, Service)>,
     status: Option<HttpServer>,
+    pub(super) policy: Option<Enforcer>,
     service_addresses: Vec<IpAddr>,
 }
 
+/// What the daemon does for pods.
+pub(super) struct Pods {
+    /// What they have to know of this node.
+    pub(super) facts: FactsFile,
+    /// The CNI directories' keeper, where there is one.
+    pub(super) installer: Option<Installer>,
+}
+
 impl Driver {
-    pub(super) fn new(start: Start, config: Config, mesh: Mesh, local: Local, uplink: Uplink, keeper: Keeper) -> Self {
+    pub(super) fn new(
+        start: Start,
+        config: Config,
+        mesh: Mesh,
+        local: Local,
+        uplink: Uplink,
+        keeper: Keeper,
+        pods: Pods,
+    ) -> Self {
         let endpoints = config.plain_peers.iter().filter_map(|p| Some((p.config.key, p.endpoint.clone()?))).collect();
         let (names, wanted) = watch::channel(Vec::new());
         let (resolved, _) = addresses::start(config.endpoints.clone(), endpoints, wanted);
@@ -111,10 +138,13 @@ impl Driver {
             published: None,
             timeout: None,
             saver,
+            pods,
+            facts_due: true,
             dirty: false,
             counts: Counts::default(),
             service: None,
             status: None,
+            policy: None,
             service_addresses: Vec::new(),
         }
     }
@@ -130,7 +160,7 @@ impl Driver {
         let Snapshot { network, entries, peers, .. } = std::mem::take(&mut self.start.snapshot);
         match network {
             Some(network) if Some(network.get().id) == self.start.network => {
-                if let Err(error) = self.everything(network, entries, peers, now) {
+                if let Err(error) = self.everything(network, entries, peers) {
                     tracing::error!(%error, "the snapshot is not used");
                 }
             }
@@ -145,6 +175,19 @@ impl Driver {
         if !self.config.status_listen.is_empty() {
             self.status = Some(pages::serve_daemon(calls, self.config.metrics_peers));
             self.listen_for_status();
+        }
+    }
+
+    /// Enforces network policies, or takes away what an earlier run that did has left.
+    pub(super) fn enforce_policies(&mut self) {
+        match self.start.name.as_ref().filter(|_| self.config.network_policy) {
+            Some(name) => {
+                let access = self.uplink.access.clone();
+                let seed = u64::from(self.local.port) ^ unix_now_ms();
+                let start = policy::Start { node: name.to_string(), access, pace: Pace::default(), seed };
+                self.policy = Some(Enforcer::start(start));
+            }
+            None => drop(tokio::task::spawn_blocking(policy::remove)),
         }
     }
 
@@ -170,14 +213,14 @@ impl Driver {
                     }
                     self.data_event(event);
                 }
-                event = next_event(&mut self.uplink) => if let Err(error) = self.registry_event(event) {
+                event = next_event(&mut self.uplink) => if let Err(error) = self.registry_events(event) {
                     return End::PutOut(error);
                 },
                 _ = self.relay_changes.changed() => self.relays_changed(),
                 event = self.keeper.next() => match event {
                     KeeperEvent::HostAddresses(addresses) => self.host_addresses(addresses),
                     KeeperEvent::Applied => {
-                        self.kernel_up = true;
+                        (self.kernel_up, self.facts_due) = (true, true);
                         self.restart_service();
                     }
                 },
@@ -190,6 +233,7 @@ impl Driver {
                 if self.sample(now) {
                     quiet_at = now + QUIET_AFTER;
                 }
+                self.tell_facts(now);
                 sample_at = now + if now < quiet_at { SAMPLE } else { SAMPLE_QUIET };
             }
             if self.timeout.is_some_and(|at| now >= at) {
@@ -204,6 +248,7 @@ impl Driver {
         self.save();
         drop(self.service);
         drop(self.status);
+        drop(self.policy);
         drop(self.keeper);
         if let Some(saver) = self.saver {
             saver.finish().await;
@@ -230,6 +275,19 @@ impl Driver {
         }
     }
 
+    /// With what waits behind it: the machine then makes one plan of all of it.
+    fn registry_events(&mut self, first: Event) -> anyhow::Result<()> {
+        self.registry_event(first)?;
+        for _ in 1..EVENTS_AT_ONCE {
+            let Some(event) = self.uplink.registry.as_mut().and_then(|registry| registry::waiting(&mut **registry))
+            else {
+                break;
+            };
+            self.registry_event(event)?;
+        }
+        Ok(())
+    }
+
     fn registry_event(&mut self, event: Event) -> anyhow::Result<()> {
         let now = Instant::now();
         match event {
@@ -237,16 +295,16 @@ impl Driver {
             Event::Snapshot { network, entries, peers } => {
                 (self.registry_state, self.registry_since) = (RegistryState::Current, now);
                 self.registry_heard = true;
-                self.everything(network, entries, peers, now)?;
+                self.everything(network, entries, peers)?;
             }
             Event::Changed(entry) => {
                 self.own_entry(&entry)?;
-                self.mesh.handle_entry(*entry, now);
+                self.mesh.handle_entry(*entry);
             }
-            Event::Removed(name) => self.mesh.handle_removed(&name, now),
-            Event::PeerChanged(peer) => self.mesh.handle_peer(*peer, now),
-            Event::PeerRemoved(name) => self.mesh.handle_peer_removed(&name, now),
-            Event::Network(network) => self.network(network, now),
+            Event::Removed(name) => self.mesh.handle_removed(&name),
+            Event::PeerChanged(peer) => self.mesh.handle_peer(*peer),
+            Event::PeerRemoved(name) => self.mesh.handle_peer_removed(&name),
+            Event::Network(network) => self.network(network),
             Event::Observed(seen) => self.mesh.handle_observed(GATEWAY_OBSERVER, seen, now),
             Event::Stale { why } => {
                 match self.registry_state {
@@ -309,7 +367,6 @@ impl Driver {
         network: SignedNetwork,
         entries: Vec<Entry>,
         peers: Vec<SignedPlainPeer>,
-        now: Instant,
     ) -> anyhow::Result<()> {
         if !self.is_ours(&network) {
             return Ok(());
@@ -319,15 +376,15 @@ impl Driver {
         if let Some(entry) = entries.iter().find(|entry| entry.record.get().identity == own) {
             self.own_entry(entry)?;
         }
-        self.mesh.handle_snapshot(network.get().clone(), entries, peers, now);
+        self.mesh.handle_snapshot(network.get().clone(), entries, peers);
         self.signed_network = Some(network);
         Ok(())
     }
 
-    fn network(&mut self, network: SignedNetwork, now: Instant) {
+    fn network(&mut self, network: SignedNetwork) {
         if self.is_ours(&network) {
             self.follow_network(&network);
-            self.mesh.handle_network(network.get().clone(), now);
+            self.mesh.handle_network(network.get().clone());
             self.signed_network = Some(network);
         }
     }
@@ -396,7 +453,10 @@ impl Driver {
     fn drain(&mut self, now: Instant) {
         loop {
             match self.mesh.poll_output(now) {
-                Output::Peers(ops) => self.local.plane.apply(&ops),
+                Output::Peers(ops) => {
+                    self.facts_due = true;
+                    self.local.plane.apply(&ops);
+                }
                 Output::Kernel { addresses, routes } => self.set_kernel(addresses, &routes),
                 Output::Relays(relays) => {
                     self.uplink.relays.set_relays(&relays);
@@ -408,6 +468,7 @@ impl Driver {
                 }
                 Output::Names(names) => drop(self.names.send_replace(names.into_iter().collect())),
                 Output::SetPath { peer, via } => {
+                    self.facts_due = true;
                     self.counts.path_changes += 1;
                     // False: the peer went in the same breath, and its removal is the next output.
                     tracing::debug!(%peer, via = via.map(tracing::field::display), "path");
@@ -419,7 +480,7 @@ impl Driver {
                     self.send_probe(to, via, &bytes);
                 }
                 Output::Publish(record) => self.publish(record),
-                Output::Save => self.dirty = true,
+                Output::Save => (self.dirty, self.facts_due) = (true, true),
                 Output::Timeout { at, .. } => {
                     self.timeout = Some(at);
                     break;
@@ -440,6 +501,14 @@ impl Driver {
         let routes = routes.iter().map(|dst| Route { dst: *dst, mtu: None }).collect();
         self.keeper.set_desired(Desired { mtu: self.config.mtu.into(), up: true, addresses, routes, rule: true });
         self.listen_for_status();
+    }
+
+    /// At most once for each sample: a mesh that starts changes a thousand paths in a second.
+    fn tell_facts(&mut self, now: Instant) {
+        if std::mem::take(&mut self.facts_due) || self.pods.facts.again_at().is_some_and(|at| now >= at) {
+            let status = report::status(self, now);
+            self.pods.facts.update(&status, now);
+        }
     }
 
     fn listen_for_status(&self) {
@@ -496,6 +565,21 @@ impl Driver {
         let Call { request, answer } = call;
         let said = match request {
             Request::Status => Answer::Status(Box::new(report::status(self, Instant::now()))),
+            Request::Conditions => {
+                let asked = self.uplink.registry.as_ref().and_then(|registry| registry.conditions());
+                let Some(asked) = asked else {
+                    let _ = answer.send(Answer::Conditions { conditions: Vec::new() });
+                    return None;
+                };
+                // Kubernetes may take a while; the mesh does not wait for it.
+                tokio::spawn(async move {
+                    answer.send(match asked.await {
+                        Ok(conditions) => Answer::Conditions { conditions },
+                        Err(message) => failed(message),
+                    })
+                });
+                return None;
+            }
             Request::Connect { name } => match self.mesh.peer_named(&name) {
                 Some(key) => {
                     self.mesh.handle_demand(&key, Instant::now());

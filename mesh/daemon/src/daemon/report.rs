@@ -7,9 +7,11 @@ use keystone_mesh_core::mesh::PeerStatus;
 use keystone_mesh_core::node::{Entry, NodeName, SignedApproval};
 use keystone_mesh_core::path::{Outcome, State, Tried};
 use keystone_mesh_core::plain_peer::SignedPlainPeer;
+use keystone_mesh_core::plan::Fault;
 use keystone_mesh_core::{NodeId, PublicKey, Via};
 
 use super::driver::{Driver, RegistryState};
+use crate::cni::installer::Installer;
 use crate::dataplane::{PeerStats, Stats};
 use crate::quic::relay_client::RelayState;
 use crate::registry::{Faults, MAX_FAULTS};
@@ -25,6 +27,8 @@ pub(super) fn status(driver: &Driver, now: Instant) -> Status {
     let peers = peers.map(|peer| describe_peer(driver, &peer, counted.get(&peer.key).copied(), now)).collect();
     let mut warnings = driver.keeper.warnings();
     warnings.extend(driver.uplink.registry.iter().flat_map(|registry| registry.warnings()));
+    warnings.extend(driver.pods.installer.iter().flat_map(Installer::problems));
+    warnings.extend(driver.policy.iter().flat_map(|policy| policy.warnings()));
     warnings.extend(driver.mesh.unapproved_routes().map(|route| {
         format!(
             "the route to {route} is asked for and not approved; leave and join again with a token made with `token create \
@@ -34,6 +38,7 @@ pub(super) fn status(driver: &Driver, now: Instant) -> Status {
     let faults = faults(driver);
     Status {
         node: node(driver, now),
+        conditions: Vec::new(),
         relays: driver.relays.iter().map(|relay| describe_relay(driver, relay)).collect(),
         registry: registry(driver, now),
         peers,
@@ -42,6 +47,7 @@ pub(super) fn status(driver: &Driver, now: Instant) -> Status {
         fault_counts: faults.counts.into_iter().map(|(code, count)| (code.to_owned(), count)).collect(),
         data_plane: data_plane(driver, &stats),
         counts: counts(driver),
+        network_policy: driver.policy.as_ref().map(|policy| policy.status(now)),
         gateway: driver.uplink.gateway.as_ref().map(|gateway| gateway.snapshot()),
         relay_server: driver.uplink.relays.local().map(|relay| relay.snapshot()),
         warnings,
@@ -60,6 +66,8 @@ fn node(driver: &Driver, now: Instant) -> Node {
         identity: driver.start.secret.identity().id(),
         public_key: driver.local.public_key,
         addresses: driver.mesh.addresses(),
+        pod_cidrs: driver.mesh.pod_cidrs().to_vec(),
+        mesh_cidrs: driver.mesh.known().0.map(|network| network.prefixes().to_vec()).unwrap_or_default(),
         control_plane: membership.is_some_and(|membership| membership.control_plane),
         approval,
         approval_reason,
@@ -91,7 +99,10 @@ fn approval(driver: &Driver, own: Option<&Entry>) -> (Approval, Option<String>) 
 /// What the plan leaves out, and what the registry reads and cannot use.
 fn faults(driver: &Driver) -> Faults {
     let mut all = driver.uplink.registry.as_ref().map(|registry| registry.faults()).unwrap_or_default();
-    let planned = Faults::of(driver.mesh.faults().iter().map(NodeFault::of_plan));
+    // That this node waits is said where its approval is.
+    let own =
+        |fault: &&Fault| !matches!(fault, Fault::NotApproved { name } if driver.start.name.as_ref() == Some(name));
+    let planned = Faults::of(driver.mesh.faults().iter().filter(own).map(NodeFault::of_plan));
     for (code, count) in planned.counts {
         *all.counts.entry(code).or_default() += count;
     }
@@ -182,6 +193,7 @@ fn describe_peer(driver: &Driver, peer: &PeerStatus, counted: Option<&PeerStats>
         public_key: peer.key,
         addresses: peer.addresses.clone(),
         routes: peer.routes.clone(),
+        pod_cidrs: peer.pod_cidrs.clone(),
         location: peer.location.clone(),
         served_by,
         path: path.to_owned(),

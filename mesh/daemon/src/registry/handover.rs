@@ -25,6 +25,7 @@ use super::{Answer, Event, Faults, Registry, Writes};
 use crate::clock::unix_now;
 use crate::kube_api::access::{Access, Grant};
 use crate::kube_api::watch::Pace;
+use crate::status::Condition;
 
 /// Access that does not say when it ends is given so long. It is renewed every few seconds.
 const UNTOLD_LIFE: Duration = Duration::from_secs(3600);
@@ -79,6 +80,8 @@ pub struct Handover {
     /// What takes over once it has told everything.
     next: Option<(Kind, Box<dyn Registry>)>,
     granted: Option<Granted>,
+    /// The access of that, for whoever else has a use for it.
+    access: watch::Sender<Option<Access>>,
     /// The token that the API server did not accept: it is not tried again.
     refused: Option<Zeroizing<String>>,
     record: Option<SignedRecord>,
@@ -94,9 +97,15 @@ impl Handover {
             current: (Kind::Gateway, gateway),
             next: None,
             granted: None,
+            access: watch::Sender::new(None),
             refused: None,
             record: None,
         }
+    }
+
+    /// The access that is granted, while it is.
+    pub fn access(&self) -> watch::Receiver<Option<Access>> {
+        self.access.subscribe()
     }
 
     /// Access was granted, or renewed. `known` is asked for what is known, where it begins.
@@ -112,8 +121,10 @@ impl Handover {
             return;
         }
         let (grants, latest) = watch::channel(grant);
+        let access = Access::granted(latest);
+        self.access.send_replace(Some(access.clone()));
         let hub = Arc::new(Hub::start(Start {
-            access: Access::granted(latest),
+            access,
             network: self.own.network,
             known: known(),
             founder: false,
@@ -141,6 +152,7 @@ impl Handover {
 
     fn back(&mut self, why: &str) {
         let Some(Granted { grants, .. }) = self.granted.take() else { return };
+        self.access.send_replace(None);
         self.refused = Some(grants.borrow().token.clone());
         tracing::info!(why, "back to the gateway");
         match self.current.0 {
@@ -272,6 +284,10 @@ impl Registry for Handover {
 
     fn faults(&self) -> Faults {
         self.current.1.faults()
+    }
+
+    fn conditions(&self) -> Option<Answer<'static, Result<Vec<Condition>, String>>> {
+        self.current.1.conditions()
     }
 
     fn writes(&self) -> Option<Writes> {

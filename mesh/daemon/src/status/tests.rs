@@ -12,6 +12,7 @@ pub(crate) fn sample() -> Status {
         public_key: secret(byte).wireguard(0).public_key(),
         addresses: vec![format!("10.98.0.{byte}/32").parse().unwrap()],
         routes: vec![],
+        pod_cidrs: vec![],
         location: None,
         served_by: None,
         path: path.to_owned(),
@@ -30,6 +31,8 @@ pub(crate) fn sample() -> Status {
             identity: secret(1).identity().id(),
             public_key: secret(1).wireguard(0).public_key(),
             addresses: vec!["10.98.0.1/32".parse().unwrap()],
+            pod_cidrs: vec!["10.42.0.0/24".parse().unwrap()],
+            mesh_cidrs: vec!["10.98.0.0/16".parse().unwrap()],
             control_plane: true,
             approval: Approval::Approved,
             approval_reason: None,
@@ -43,6 +46,7 @@ pub(crate) fn sample() -> Status {
             pid: 1,
             uptime_s: 60.0,
         },
+        conditions: vec![],
         relays: vec![Relay {
             id: secret(9).identity().id(),
             address: "198.51.100.9:51840".into(),
@@ -72,6 +76,13 @@ pub(crate) fn sample() -> Status {
             ..DataPlane::default()
         },
         counts: Counts { path_changes: 4, ..Counts::default() },
+        network_policy: Some(NetworkPolicy {
+            state: "current".into(),
+            policies: 3,
+            apply_ms: Some(12.0),
+            last_applied_s: Some(30.0),
+            ..NetworkPolicy::default()
+        }),
         gateway: Some(GatewaySnapshot {
             joins: BTreeMap::from([("token-unknown".to_owned(), 2)]),
             ..GatewaySnapshot::default()
@@ -159,6 +170,7 @@ fn what_the_network_says_is_told_with_the_command() {
         identity: id(2),
         addresses: addresses.iter().map(|net| net.parse().unwrap()).collect(),
         routes: vec![],
+        pod_cidrs: vec![],
         endpoints: vec![],
         relays: vec![],
         location: None,
