@@ -14,7 +14,8 @@ use sha2::{Digest, Sha256};
 pub const HOST_PREFIX: &str = "ks";
 
 /// The hardware address of every interface on the host side: locally administered, then `ks` in ASCII. It may be the same
-/// for all, because each is alone on its link with its pod; and it is fixed, so that a pod can be told before it asks.
+/// for all, because each is alone on its link with its pod. It is fixed, so that a pod can be told before it asks, and set at
+/// birth, so that udev's `MACAddressPolicy=persistent` (systemd.link(5)) does not change it a moment later.
 pub const HOST_MAC: Mac = Mac([0x02, 0x6b, 0x73, 0, 0, 1]);
 
 /// Digits of the hash in a name: 48 bits, so that with 1,000 pods on a node two meet once in 500 million nodes.

@@ -241,6 +241,10 @@ impl Apply for Kernel {
             let error = failed(&step.describe(), &refusal);
             if let (Step::CreatePair(_), true) = (step, exists) {
                 Error { code: Code::AlreadyAttached as u32, ..error }
+            } else if let (Step::PodRoute(to), true) = (step, exists) {
+                error.with_details(format_args!(
+                    "another interface of the pod has {to} already: keystone-cni makes a pod's first interface, and one only"
+                ))
             } else if let (Step::HostRoute(address), true) = (step, exists) {
                 error.with_details(format_args!("somebody has {address} already: `ip route show {address}` says who"))
             } else {

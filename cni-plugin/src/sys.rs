@@ -9,9 +9,7 @@ use std::thread;
 
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
-
-/// `NSFS_MAGIC` of linux/magic.h: the file system that namespaces' files are of.
-const NSFS_MAGIC: libc::__fsword_t = 0x6e73_6673;
+use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 
 /// Runs `task` inside the network namespace `netns`, in a thread that ends with it. So no other thread is ever in a
 /// foreign namespace, whatever happens to `task`.
@@ -35,8 +33,8 @@ impl Netns {
     /// Opens the namespace at `path`. A file that is no namespace is an error of kind [`io::ErrorKind::InvalidInput`].
     pub(crate) fn open(path: &Path) -> io::Result<Self> {
         let file = File::open(path)?;
-        let kind = nix::sys::statfs::fstatfs(&file)?.filesystem_type().0;
-        if kind != NSFS_MAGIC {
+        // The file system that namespaces' files are of.
+        if fstatfs(&file)?.filesystem_type() != NSFS_MAGIC {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "this file is no network namespace"));
         }
         Ok(Self { file })

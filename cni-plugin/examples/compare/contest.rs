@@ -14,8 +14,8 @@ use crate::runtime::{Network, Target, files, ip, ip_do};
 /// Where all keep their leases.
 pub(crate) const DATA: &str = "/run/keystone-lab/leases";
 
-/// The bridge that the plugin `bridge` makes and never removes.
-const BRIDGE: &str = "cmp0";
+/// The bridges that the plugin `bridge` makes and never removes, of Debian's version and the newer one.
+const BRIDGES: [&str; 2] = ["cmp0", "cmp1"];
 
 /// A plugin with its configuration.
 pub(crate) struct Contestant {
@@ -49,12 +49,12 @@ impl Contestant {
         let mut all =
             vec![Self::new("keystone-cni", true, "10.64.0.0/20", ours, "1.1.0", json!({ "type": "keystone-cni" }))];
         let ptp = || json!({ "type": "ptp", "mtu": 1500 });
-        let bridge = || json!({ "type": "bridge", "bridge": BRIDGE, "isGateway": true, "mtu": 1500 });
+        let bridge = |name: &str| json!({ "type": "bridge", "bridge": name, "isGateway": true, "mtu": 1500 });
         all.push(Self::new("ptp 1.1.1", false, "10.65.0.0/20", reference, "1.0.0", ptp()));
-        all.push(Self::new("bridge 1.1.1", false, "10.66.0.0/20", reference, "1.0.0", bridge()));
+        all.push(Self::new("bridge 1.1.1", false, "10.66.0.0/20", reference, "1.0.0", bridge(BRIDGES[0])));
         if let Some(newer) = newer {
             all.push(Self::new("ptp 1.9.1", false, "10.67.0.0/20", newer, "1.1.0", ptp()));
-            all.push(Self::new("bridge 1.9.1", false, "10.68.0.0/20", newer, "1.1.0", bridge()));
+            all.push(Self::new("bridge 1.9.1", false, "10.68.0.0/20", newer, "1.1.0", bridge(BRIDGES[1])));
         }
         for contestant in &mut all {
             contestant.network = contestant.with_range(contestant.prefix);
@@ -116,7 +116,9 @@ impl Contestant {
                 let _gone_meanwhile = ip_do(None, &format!("link delete {name}"));
             }
         }
-        let _there_is_none = ip_do(None, &format!("link delete {BRIDGE}"));
+        for bridge in BRIDGES {
+            let _there_is_none = ip_do(None, &format!("link delete {bridge}"));
+        }
         match fs::metadata(DATA) {
             Ok(place) if place.is_dir() => fs::remove_dir_all(DATA)?,
             Ok(_) => fs::remove_file(DATA)?,

@@ -43,6 +43,64 @@ fn a_second_add_is_refused_and_leaves_the_first_alone() {
 }
 
 #[test]
+fn a_second_interface_of_a_pod_is_refused_and_leaves_the_first_alone() {
+    on_a_node("verbs::a_second_interface_of_a_pod_is_refused_and_leaves_the_first_alone", || {
+        let pod = netns("a")?;
+        let target = Target::of("c1", &pod);
+        let first = ours().add(target).unwrap();
+        let refused = ours().add(Target { ifname: "net1", ..target }).unwrap_err();
+        assert_eq!(refused.code, 103);
+        assert!(refused.details.contains("first interface"), "{refused:?}");
+        ours().check(target, &first).unwrap();
+        assert_eq!((host_links()?.len(), files(&Path::new(DATA).join("pods/holders")).len()), (1, 1));
+        Ok(())
+    });
+}
+
+#[test]
+fn a_pod_whose_steps_fail_one_after_the_other_leaves_nothing() {
+    on_a_node("verbs::a_pod_whose_steps_fail_one_after_the_other_leaves_nothing", || {
+        use keystone_cni::apply::{Apply, apply};
+        use keystone_cni::attachment::Attachment;
+        use keystone_cni::kernel::Kernel;
+        use keystone_cni::plan::{Step, Wanted};
+        use keystone_cni::spec::{Code, Error};
+
+        /// The real kernel, but for one step that it never sees.
+        struct FailsAt(Kernel, usize);
+        impl Apply for FailsAt {
+            fn apply(&mut self, step: &Step) -> keystone_cni::spec::Result<()> {
+                match self.1.checked_sub(1) {
+                    Some(left) => {
+                        self.1 = left;
+                        self.0.apply(step)
+                    }
+                    None => Err(Error::new(Code::Kernel, "as told")),
+                }
+            }
+
+            fn delete_pair(&mut self, host: &str) -> keystone_cni::spec::Result<bool> {
+                self.0.delete_pair(host)
+            }
+        }
+
+        let attachment = Attachment { network: "pods".into(), container: "c1".into(), ifname: "eth0".into() };
+        let addresses = vec!["10.244.1.2".parse()?, "fd00:244:1::2".parse()?];
+        let wanted = Wanted { mac: attachment.pod_mac(), attachment, mtu: 1300, addresses, routes: vec![] };
+        let plan = wanted.plan()?;
+        let pod = netns("a")?;
+        for fails_at in 0..plan.steps.len() {
+            let kernel = Kernel::with_pod(Path::new(&pod))?;
+            assert_eq!(apply(&plan, &mut FailsAt(kernel, fails_at)).unwrap_err().message, "as told");
+            assert_nothing_left()?;
+            assert_eq!(ip(Some(&pod), "link show")?.len(), 1, "step {fails_at}: nothing but lo is in the pod");
+        }
+        apply(&plan, &mut Kernel::with_pod(Path::new(&pod))?)?;
+        Ok(())
+    });
+}
+
+#[test]
 fn del_succeeds_whatever_is_missing() {
     on_a_node("verbs::del_succeeds_whatever_is_missing", || {
         let none = Value::Null;
