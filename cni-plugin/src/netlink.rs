@@ -4,9 +4,13 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkBuffer, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkBuffer, NetlinkMessage, Parseable,
 };
 use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::address::AddressMessage;
+use netlink_packet_route::link::LinkMessage;
+use netlink_packet_route::neighbour::NeighbourMessage;
+use netlink_packet_route::route::RouteMessage;
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
 
@@ -140,7 +144,7 @@ impl Socket {
                 interrupted |= packet.flags() & NLM_F_DUMP_INTR != 0;
                 match packet.message_type() {
                     NLMSG_ERROR | NLMSG_DONE => return outcome(&packet).map(|()| interrupted),
-                    _ => each(parse(packet.into_inner())?),
+                    _ => each(parse(&packet)?),
                 }
             }
         }
@@ -157,12 +161,17 @@ fn first(bytes: &[u8]) -> io::Result<(NetlinkBuffer<&[u8]>, &[u8])> {
     Ok((NetlinkBuffer::new_checked(message).map_err(nonsense)?, behind))
 }
 
-fn parse(bytes: &[u8]) -> io::Result<RouteNetlinkMessage> {
-    let packet = NetlinkMessage::deserialize(bytes).map_err(nonsense)?;
-    let NetlinkPayload::InnerMessage(message) = packet.payload else {
-        return Err(nonsense(format!("it sent {:?}", packet.payload)));
-    };
-    Ok(message)
+/// The four kinds of things that are asked for. The library's own parser of all kinds would be half of this program.
+fn parse(packet: &NetlinkBuffer<&[u8]>) -> io::Result<RouteNetlinkMessage> {
+    let payload = packet.payload();
+    match packet.message_type() {
+        libc::RTM_NEWLINK => LinkMessage::parse(payload).map(RouteNetlinkMessage::NewLink),
+        libc::RTM_NEWADDR => AddressMessage::parse(payload).map(RouteNetlinkMessage::NewAddress),
+        libc::RTM_NEWROUTE => RouteMessage::parse(payload).map(RouteNetlinkMessage::NewRoute),
+        libc::RTM_NEWNEIGH => NeighbourMessage::parse(payload).map(RouteNetlinkMessage::NewNeighbour),
+        other => return Err(nonsense(format_args!("a message of type {other} was not asked for"))),
+    }
+    .map_err(nonsense)
 }
 
 /// The number in an acknowledgement or at a dump's end; 0 is success.

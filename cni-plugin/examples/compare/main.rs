@@ -48,7 +48,7 @@ impl Options {
             match word.as_str() {
                 "--plugin" => options.plugin = fs::canonicalize(&value).with_context(|| format!("find {text}"))?,
                 "--reference" => {
-                    options.reference = fs::canonicalize(&value).with_context(|| format!("find {text}"))?
+                    options.reference = fs::canonicalize(&value).with_context(|| format!("find {text}"))?;
                 }
                 "--newer" => options.newer = Some(fs::canonicalize(&value).with_context(|| format!("find {text}"))?),
                 "--rounds" => options.rounds = text.parse().context("--rounds is a number")?,
