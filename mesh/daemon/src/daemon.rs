@@ -198,6 +198,7 @@ async fn run_once(places: &Places, config: Config, token: Option<Token>, stop: &
     let pods = Pods { facts: FactsFile::open(places.facts()), installer };
     let mut driver = Driver::new(start, config, mesh, local, uplink, keeper, pods);
     driver.serve_status(calls_in);
+    driver.enforce_policies();
     driver.begin();
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     let end = driver.run(stop, events, calls).await;

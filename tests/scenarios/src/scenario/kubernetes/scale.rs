@@ -95,7 +95,7 @@ fn start_daemons(stage: &mut Stage, story: &mut Story, plane: &Plane, count: u32
         let host = stage.public_host(&name)?;
         let node = stage.install(&host, &name)?;
         let kubeconfig = host.folder()?.join("kubeconfig");
-        plane.server.user(&name, Some("system:masters"))?.at(&server).write_kubeconfig(&kubeconfig)?;
+        plane.agent_on(&name)?.at(&server).write_kubeconfig(&kubeconfig)?;
         let kubeconfig = kubeconfig.to_str().context("the scratch folder is UTF-8")?;
         let coordination = ["--registry", "kubernetes", "--kubeconfig", kubeconfig];
         node.up(&[&["--name", &name, "--network", &plane.mesh.network], &coordination[..]].concat())?;
