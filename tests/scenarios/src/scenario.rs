@@ -8,6 +8,7 @@ mod joins;
 mod kubernetes;
 mod nats;
 mod outage;
+mod pairs;
 mod spread;
 mod stage;
 
@@ -40,6 +41,8 @@ pub(crate) enum Scenario {
     Outage,
     /// A Kubernetes cluster with its control plane at home and workers behind NATs; needs root and `make test-assets`
     Kubernetes,
+    /// The API server is gone for long; all goes on, daemons restart meanwhile, and its return is taken up; needs `make test-assets`
+    KubernetesOutage,
     /// What many nodes cost: daemons, simulated nodes and watches on one API server; needs `make test-assets`
     KubernetesScale,
     /// Throughput, CPU and memory of plain WireGuard peers side by side: ours, wireguard-go and boringtun-cli
@@ -55,6 +58,7 @@ impl Scenario {
             | Self::Joins
             | Self::Outage
             | Self::Kubernetes
+            | Self::KubernetesOutage
             | Self::KubernetesScale
             | Self::BenchPeers => true,
             Self::Nats => false,
@@ -66,12 +70,17 @@ impl Scenario {
         let further = match self {
             Self::BenchPeers => preflight::PEER_TOOLS,
             Self::Kubernetes => NODE_TOOLS,
-            Self::HomeAndCloud | Self::Joins | Self::Outage | Self::KubernetesScale | Self::Nats => &[],
+            Self::HomeAndCloud
+            | Self::Joins
+            | Self::Outage
+            | Self::KubernetesOutage
+            | Self::KubernetesScale
+            | Self::Nats => &[],
         };
         preflight::ensure(&[preflight::NETWORK_TOOLS, preflight::SCENARIO_TOOLS, further].concat())?;
         match self {
             Self::Kubernetes => Assets::find_for_cluster().map(drop)?,
-            Self::KubernetesScale => Assets::find().map(drop)?,
+            Self::KubernetesOutage | Self::KubernetesScale => Assets::find().map(drop)?,
             Self::HomeAndCloud | Self::Joins | Self::Outage | Self::BenchPeers | Self::Nats => {}
         }
         Ok(())
@@ -91,7 +100,7 @@ pub(crate) struct Options {
     pub(crate) mesh_bin: Option<PathBuf>,
     /// How many machines join in each half of [`Scenario::Joins`].
     pub(crate) joins: u32,
-    /// How long [`Scenario::Outage`] lasts, and [`Scenario::KubernetesScale`] idles.
+    /// How long [`Scenario::Outage`] and [`Scenario::KubernetesOutage`] last, and [`Scenario::KubernetesScale`] idles.
     pub(crate) duration: Duration,
     /// Real daemons of [`Scenario::KubernetesScale`].
     pub(crate) daemons: u32,
@@ -124,6 +133,7 @@ pub(crate) fn play(scenario: Scenario, options: &Options, place: Place) -> Resul
         Scenario::Joins => joins::play(&mut stage, &mut story, options.joins),
         Scenario::Outage => outage::play(&mut stage, &mut story, options.duration),
         Scenario::Kubernetes => kubernetes::play(&mut stage, &mut story),
+        Scenario::KubernetesOutage => kubernetes::outage::play(&mut stage, &mut story, options.duration),
         Scenario::KubernetesScale => kubernetes::scale::play(&mut stage, &mut story, options),
         Scenario::BenchPeers => bench_peers::play(&mut stage, &mut story, options),
         Scenario::Nats => nats::play(&mut stage, &mut story),
