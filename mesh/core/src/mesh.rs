@@ -201,6 +201,14 @@ impl Mesh {
         self.set_network(network);
     }
 
+    /// Whether packets to pods go through the mesh from here on.
+    pub fn set_pod_routes(&mut self, routed: bool) {
+        if self.own.pod_routes != routed {
+            self.own.pod_routes = routed;
+            self.stale = self.stale.max(Stale::Entries);
+        }
+    }
+
     // --- inputs: where this node is ---
 
     /// The host's own addresses, with the port of the socket.
