@@ -312,6 +312,7 @@ fn own(start: &Start, config: &Config, pod_routes: bool, key: keystone_mesh_core
         mtu: config.mtu,
         routes: config.routes.clone(),
         pod_routes,
+        lan_routes: config.lan_routes,
         addresses: config.addresses.clone(),
         seed,
     })

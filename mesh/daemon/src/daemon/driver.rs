@@ -520,7 +520,7 @@ impl Driver {
                     self.facts_due = true;
                     self.local.plane.apply(&ops);
                 }
-                Output::Kernel { addresses, routes } => self.set_kernel(addresses, &routes),
+                Output::Kernel { addresses, routes } => self.set_kernel(addresses, routes),
                 Output::Relays(relays) => {
                     self.uplink.relays.set_relays(&relays);
                     // The relay inside this node is always up for it.
@@ -559,9 +559,8 @@ impl Driver {
         }
     }
 
-    fn set_kernel(&mut self, addresses: Vec<IpNet>, routes: &[IpNet]) {
+    fn set_kernel(&mut self, addresses: Vec<IpNet>, routes: Vec<Route>) {
         self.service_addresses = addresses.iter().map(IpNet::addr).collect();
-        let routes = routes.iter().map(|dst| Route { dst: *dst, mtu: None }).collect();
         self.keeper.set_desired(Desired { mtu: self.config.mtu.into(), up: true, addresses, routes, rule: true });
         self.listen_for_status();
     }
