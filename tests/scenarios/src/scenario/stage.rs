@@ -158,7 +158,7 @@ impl ControlPlane {
         self.start_home()
     }
 
-    /// Starts home alone, and waits as [`Self::start`].
+    /// Starts home alone, and waits until it is connected to its relay and has its address.
     pub(super) fn start_home(&self) -> Result<()> {
         let mut arguments = vec!["--relay", &self.relay_address];
         arguments.extend(self.arguments.iter().map(String::as_str));
