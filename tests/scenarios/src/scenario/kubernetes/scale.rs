@@ -22,9 +22,11 @@ use crate::scenario::spread::Spread;
 use crate::scenario::stage::Stage;
 use crate::story::{Story, millis};
 
-/// Goals. One about time fails at [`TOLERANCE`] times as much only: the machine may be busy with other things.
+/// Goals; those of memory are for so many nodes. One about time fails at [`TOLERANCE`] times as much only: the machine may be
+/// busy with other things.
 const CONTROLLER_MEMORY: u64 = 150 << 20;
 const AGENT_MEMORY: u64 = 40 << 20;
+const MEMORY_NODES: u32 = 1000;
 const CHANGE_P99: Duration = Duration::from_secs(2);
 
 /// Daemons that stay for the simulated nodes: each of them verifies every record and every approval.
@@ -70,7 +72,7 @@ pub(in crate::scenario) fn play(stage: &mut Stage, story: &mut Story, options: &
     story.chapter("Single nodes come and go");
     let comings = comings(story, &plane, relay, &daemons)?;
     bill.tell(story, &format!("{COMINGS} comings and goings"))?;
-    let memory = memory(story, &plane.controller, &daemons)?;
+    let memory = memory(story, &plane.controller, &daemons, options.nodes)?;
     Ok(json!({
         "daemons": options.daemons,
         "nodes": options.nodes,
@@ -272,14 +274,18 @@ impl Bill {
     }
 }
 
-fn memory(story: &mut Story, controller: &Process, daemons: &[Arc<Node>]) -> Result<Value> {
+fn memory(story: &mut Story, controller: &Process, daemons: &[Arc<Node>], nodes: u32) -> Result<Value> {
     let megabytes = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
     // A debug build's code alone is larger than what a release takes in all.
     let counted = |usage: Usage| if cfg!(debug_assertions) { usage.anonymous } else { usage.rss };
     let mut told = |who: &str, limit: u64, usage: Usage| {
-        let claim = format!("{who} takes less than {}", megabytes(limit));
         let found = format!("{}, {} of it its own", megabytes(usage.rss), megabytes(usage.anonymous));
-        story.check(counted(usage) < limit, &claim, &found);
+        if nodes <= MEMORY_NODES {
+            let claim = format!("{who} takes less than {}", megabytes(limit));
+            story.check(counted(usage) < limit, &claim, &found);
+        } else {
+            story.step(&format!("{who} takes {found}"));
+        }
     };
     let controller = Usage::of(controller.id())?;
     told("the controller", CONTROLLER_MEMORY, controller);
