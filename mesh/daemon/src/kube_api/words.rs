@@ -16,13 +16,15 @@ use tower::util::MapErrLayer;
 
 /// An error of the API in words.
 pub fn words(error: &Error) -> String {
-    match error {
-        Error::Api(status) => {
-            answered(status.code, if status.message.is_empty() { &status.reason } else { &status.message })
-        }
-        Error::Service(error) if error.is::<Unreachable>() => error.to_string(),
-        error => format!("the API server cannot be reached: {}", cause_of(error)),
+    if let Error::Api(status) = error {
+        return answered(status.code, if status.message.is_empty() { &status.reason } else { &status.message });
     }
+    if let Error::Service(error) = error
+        && error.is::<Unreachable>()
+    {
+        return error.to_string();
+    }
+    format!("the API server cannot be reached: {}", cause_of(error))
 }
 
 fn answered(code: u16, said: &str) -> String {
@@ -82,6 +84,7 @@ fn cause_of(error: &(dyn StdError + 'static)) -> String {
 }
 
 /// Causes of which it is known what to do.
+#[expect(clippy::wildcard_enum_match_arm, reason = "of the system's many errors these few are a connection's")]
 fn known(error: &(dyn StdError + 'static)) -> Option<String> {
     if let Some(rustls::Error::InvalidCertificate(error)) = error.downcast_ref() {
         return Some(certificate(error));
@@ -96,6 +99,7 @@ fn known(error: &(dyn StdError + 'static)) -> Option<String> {
     Some(format!("{error}: {advice}"))
 }
 
+#[expect(clippy::wildcard_enum_match_arm, reason = "the others are told in rustls' words")]
 fn certificate(error: &CertificateError) -> String {
     match error {
         CertificateError::NotValidForNameContext { expected, presented } => {
