@@ -112,7 +112,8 @@ impl Contestant {
     pub(crate) fn clean(&self) -> Result<()> {
         for link in ip(None, "link show type veth")? {
             if let Some(name) = link["ifname"].as_str() {
-                ip_do(None, &format!("link delete {name}"))?;
+                // The kernel may be removing it with its namespace.
+                let _gone_meanwhile = ip_do(None, &format!("link delete {name}"));
             }
         }
         let _there_is_none = ip_do(None, &format!("link delete {BRIDGE}"));

@@ -83,7 +83,7 @@ fn run() -> Result<ExitCode> {
     let contestants = Contestant::all(&options.plugin, &options.reference, options.newer.as_deref())?;
     let _daemon = UnixListener::bind(Path::new(facts::DEFAULT_PATH).with_file_name("control.sock"))?;
     println!("{}", cases::table(&contestants)?);
-    println!("{}", timing::mass(&contestants, options.pods)?);
     println!("{}", timing::latencies(&contestants, options.rounds)?);
+    println!("{}", timing::mass(&contestants, options.pods)?);
     Ok(ExitCode::SUCCESS)
 }
