@@ -32,7 +32,7 @@ const POLL: Duration = Duration::from_millis(100);
 /// Lines of a log that an error quotes.
 const QUOTED_LINES: usize = 20;
 
-/// Addresses of Services, and of pods where the controller manager gives them out.
+/// Addresses of Services, and of pods where the controller manager gives them out, unless the test says otherwise.
 const SERVICE_CIDR: &str = "10.96.0.0/16";
 const POD_CIDR: &str = "10.201.0.0/16";
 
@@ -49,6 +49,10 @@ pub struct Options {
     pub addresses: Vec<IpAddr>,
     /// The address in the endpoints of the Service `kubernetes`; None for that of `host`.
     pub advertise: Option<IpAddr>,
+    /// Where Services have their addresses, as `--service-cluster-ip-range` takes it: one prefix, or one of each family.
+    pub services: String,
+    /// Where pods have theirs, likewise; each Node is given a /24 and a /64.
+    pub pods: String,
     /// Admission plugins besides those that are on by default.
     pub admission_plugins: Vec<String>,
     /// Who issues the tokens of ServiceAccounts, and their audience.
@@ -68,6 +72,8 @@ impl Default for Options {
             host: None,
             addresses: Vec::new(),
             advertise: None,
+            services: SERVICE_CIDR.to_owned(),
+            pods: POD_CIDR.to_owned(),
             admission_plugins: vec!["NodeRestriction".to_owned()],
             issuer: "https://kubernetes.default.svc".to_owned(),
             compaction: None,
@@ -326,7 +332,7 @@ impl ApiServer {
         self.file_argument(&mut command, "cluster-signing-cert-file", "ca.crt");
         self.file_argument(&mut command, "cluster-signing-key-file", "ca.key");
         command.args(["--use-service-account-credentials", "--leader-elect=false", "--allocate-node-cidrs=true"]);
-        command.arg(format!("--cluster-cidr={POD_CIDR}"));
+        command.arg(format!("--cluster-cidr={}", self.options.pods));
         // A Node that went silent counts as gone after 16 s instead of 40 s.
         command.arg("--node-monitor-grace-period=16s");
         let process = self.spawn("kube-controller-manager", &mut command)?;
@@ -378,7 +384,7 @@ impl ApiServer {
         command.arg(format!("--api-audiences={}", options.issuer));
         command.args(["--authorization-mode=Node,RBAC", "--allow-privileged=true"]);
         command.arg(format!("--enable-admission-plugins={}", options.admission_plugins.join(",")));
-        command.arg(format!("--service-cluster-ip-range={SERVICE_CIDR}"));
+        command.arg(format!("--service-cluster-ip-range={}", options.services));
         self.file_argument(&mut command, "kubelet-client-certificate", "admin.crt");
         self.file_argument(&mut command, "kubelet-client-key", "admin.key");
         command.arg("--kubelet-preferred-address-types=InternalIP");
@@ -391,6 +397,18 @@ impl ApiServer {
         Ok(())
     }
 
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    pub(crate) fn kubectl_config(&self) -> &Path {
+        &self.kubectl_config
+    }
+
+    pub(crate) fn program(&self, name: &str) -> PathBuf {
+        self.assets.program(name)
+    }
+
     fn file_argument(&self, command: &mut Command, flag: &str, file: &str) {
         command.arg(format!("--{flag}")).arg(self.folder.join(file));
     }
@@ -399,7 +417,8 @@ impl ApiServer {
         self.folder.join("audit.log")
     }
 
-    fn spawn(&self, name: &str, command: &mut Command) -> Result<Process> {
+    /// Starts a program on the API server's machine.
+    pub(crate) fn spawn(&self, name: &str, command: &mut Command) -> Result<Process> {
         match &self.options.host {
             Some(host) => host.spawn(name, command),
             None => Process::start(command, &Path::new(sandbox::SCRATCH).join(format!("{name}.log"))),
