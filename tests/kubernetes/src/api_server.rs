@@ -2,12 +2,13 @@
 
 use std::fmt::Debug;
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use ipnet::IpNet;
 use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, ServiceAccount};
 use keystone_lab::{Host, Process, sandbox, tool, wait};
@@ -45,7 +46,8 @@ const TOKEN_SECONDS: i64 = 3600;
 pub struct Options {
     /// The machine on which it runs; None for the loopback of the sandbox.
     pub host: Option<Host>,
-    /// Further addresses by which clients come: the certificate names them, besides `advertise` and that of `host`.
+    /// Further addresses by which clients come: the certificate names them, besides `advertise`, that of `host` and those
+    /// of the Service `kubernetes`.
     pub addresses: Vec<IpAddr>,
     /// The address in the endpoints of the Service `kubernetes`; None for that of `host`.
     pub advertise: Option<IpAddr>,
@@ -111,6 +113,7 @@ impl ApiServer {
         let own = options.host.as_ref().map(|host| IpAddr::V4(host.v4()));
         let addresses: Vec<IpAddr> =
             options.addresses.iter().copied().chain([advertised(&options)]).chain(own).collect();
+        let addresses = [addresses, first_addresses(&options.services)?].concat();
         authority.server("kube-apiserver", &addresses)?.write(&folder, "server")?;
         authority.certificate().write(&folder, "ca")?;
         write_token_keys(&folder, "tokens")?;
@@ -236,10 +239,16 @@ impl ApiServer {
 
     /// As [`Self::kubectl`], with `input` for `--filename -`.
     pub fn kubectl_with(&self, arguments: &[&str], input: &str) -> Result<String> {
+        let mut command = self.kubectl_command(arguments);
+        self.enter(|| tool::feed(&mut command, input)).with_context(|| format!("kubectl {}", arguments.join(" ")))
+    }
+
+    /// kubectl, to be started on the API server's machine, where it goes on for a while.
+    pub fn kubectl_command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(self.assets.program("kubectl"));
         // Its cache of what the API server can do goes to the home.
         command.env("HOME", &self.folder).arg("--kubeconfig").arg(&self.kubectl_config).args(arguments);
-        self.enter(|| tool::feed(&mut command, input)).with_context(|| format!("kubectl {}", arguments.join(" ")))
+        command
     }
 
     /// Server-side apply of manifests, YAML or JSON.
@@ -454,6 +463,18 @@ fn local_url() -> String {
 fn advertised(options: &Options) -> IpAddr {
     let host = options.host.as_ref().map(|host| IpAddr::V4(host.v4()));
     options.advertise.or(host).unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST))
+}
+
+/// Of each prefix the first address: in those of Services it is that of the API server's own.
+fn first_addresses(prefixes: &str) -> Result<Vec<IpAddr>> {
+    let first = |prefix: &str| {
+        let net: IpNet = prefix.parse().with_context(|| format!("parse {prefix:?}"))?;
+        Ok(match net.network() {
+            IpAddr::V4(network) => Ipv4Addr::from_bits(network.to_bits() + 1).into(),
+            IpAddr::V6(network) => Ipv6Addr::from_bits(network.to_bits() + 1).into(),
+        })
+    };
+    prefixes.split(',').map(first).collect()
 }
 
 async fn make_account(client: &kube::Client, namespace: &str, account: &str) -> Result<()> {

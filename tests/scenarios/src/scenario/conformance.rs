@@ -5,6 +5,7 @@ mod claims;
 mod cluster;
 mod mesh;
 mod reference;
+mod transfers;
 
 use std::time::Instant;
 
@@ -14,6 +15,7 @@ use keystone_kubelab::{Selection, Spec, State};
 use serde_json::{Value, json};
 
 use self::claims::Probes;
+use self::transfers::{Files, Website, kubectl_reaches_pods};
 use super::stage::Stage;
 use crate::story::{Story, millis};
 
@@ -58,6 +60,14 @@ pub(super) fn play(stage: &mut Stage, story: &mut Story, plugins: Plugins, suite
     story.chapter("Everything reaches everything");
     let probes = Probes::start(&mut cluster, story)?;
     probes.ask_all(&cluster, story)?;
+    kubectl_reaches_pods(&cluster, story, &probes)?;
+    let files = Files::serve(&cluster, &probes)?;
+    files.load(&cluster, story, &probes)?;
+    if plugins == Plugins::Keystone {
+        story.chapter("Out of the cluster, and through an update");
+        Website::open(stage.public_host("website")?)?.is_visited(&cluster, story, &probes)?;
+        files.load_during_update(&mut cluster, story, &probes)?;
+    }
 
     let nodes = cluster.members.len();
     let selection = match suite {

@@ -138,8 +138,9 @@ impl Cluster {
             Ok(self.server.kubectl(&status).ok())
         });
         done.map(drop).with_context(|| {
-            let describe = self.server.kubectl(&["--namespace", namespace, "describe", "pods"]);
-            describe.unwrap_or_default()
+            let of_all = |arguments: &[&str]| self.server.kubectl(&[&["--namespace", namespace], arguments].concat());
+            let describe = of_all(&["describe", "pods"]).unwrap_or_default();
+            describe + &of_all(&["logs", what, "--tail=10", "--all-pods", "--prefix"]).unwrap_or_default()
         })
     }
 
