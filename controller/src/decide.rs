@@ -65,7 +65,7 @@ pub fn reconcile(view: &ClusterView, now: Now) -> Decision {
 
     let mut actions = addresses.actions.clone();
     actions.extend(tokens(view, &census));
-    actions.extend(approvals::act(network, &census, &routes, now));
+    actions.extend(approvals::act(view, network, &census, &routes, now));
     let context =
         plain::Context { network, census: &census, addresses: &addresses, serving: &serving, routes: &routes, now };
     let (of_peers, ready) = plain::act(&context, &plain);

@@ -17,6 +17,7 @@ use k8s_openapi::api::core::v1::{ConfigMap, Node};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use keystone_mesh_api::{JoinToken, LEDGER_PREFIX, Member, Peer};
 use keystone_mesh_core::NodeId;
+use keystone_mesh_core::annotations::Decoded;
 use keystone_mesh_core::directory::{Carrier, Directory, Object};
 use keystone_mesh_core::facts::{FieldError, Malformed};
 use keystone_mesh_core::ledger::{Holder, Ledger};
@@ -139,6 +140,8 @@ pub struct ClusterView {
     // What is known of nodes beyond what their objects carry at this moment.
     directory: Directory,
     departed: BTreeMap<NodeName, NodeId>,
+    /// The highest serial of an approval of ours that was ever seen: what is signed next is later than all of them.
+    last_serial: u64,
     /// Holders of addresses whose last object was seen to go.
     seen_off: BTreeSet<Holder>,
     reports: reports::Reports,
@@ -163,6 +166,7 @@ impl ClusterView {
             pages: BTreeMap::new(),
             directory: Directory::new(network, Vec::new(), Vec::new()),
             departed: BTreeMap::new(),
+            last_serial: 0,
             seen_off: BTreeSet::new(),
             reports: reports::Reports::default(),
             caught_up_at: 0,
@@ -182,6 +186,7 @@ impl ClusterView {
         if self.departed.get_mut(&name).is_some_and(returned) {
             self.departed.remove(&name);
         }
+        self.count_serial(&parsed.mesh);
         self.directory.handle_object(Carrier::Node, &object);
         self.note(Kind::Node, object.name, faults);
         self.nodes.insert(name, parsed);
@@ -194,6 +199,7 @@ impl ClusterView {
         match MemberView::parse(meta, member) {
             Ok((parsed, mut faults)) => {
                 faults.extend(statement_faults(&parsed.mesh, self.network_id));
+                self.count_serial(&parsed.mesh);
                 self.directory.handle_object(Carrier::Member, &object);
                 self.note(Kind::Member, object.name, faults);
                 self.members.insert(name, parsed);
@@ -351,6 +357,14 @@ impl ClusterView {
         }
     }
 
+    fn count_serial(&mut self, mesh: &Decoded) {
+        if let Ok(Some(approval)) = &mesh.approval
+            && approval.get().network == self.network_id
+        {
+            self.last_serial = self.last_serial.max(approval.get().serial);
+        }
+    }
+
     /// Remembers that the claim of this name belongs to a Node that went: a successor with another identity is no
     /// impostor.
     fn node_departed(&mut self, name: &NodeName) {
@@ -438,6 +452,11 @@ impl ClusterView {
     /// What is known of every node's record and approval, whatever its objects carry at this moment.
     pub fn directory(&self) -> &Directory {
         &self.directory
+    }
+
+    /// The highest serial of an approval that was ever seen.
+    pub(crate) fn last_serial(&self) -> u64 {
+        self.last_serial
     }
 
     /// The identity that was pinned to this name when the Node of this name went, where its claim is still held.

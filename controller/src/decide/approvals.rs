@@ -2,7 +2,8 @@
 //!
 //! The approval that is wanted is computed whole from what is decided; where the newest one known says the same, that
 //! very one is put back wherever it was removed or changed, and nothing is signed anew. Otherwise a later one replaces
-//! it. A valid approval of somebody who is not in the network (kept from earlier, brought back) is revoked.
+//! it, later than every other that is known: of two that name one network the one of later counts at every reader,
+//! whatever a clock did between them. A valid approval of somebody who is not in the network (kept from earlier, brought back) is revoked.
 
 use std::collections::BTreeSet;
 
@@ -16,23 +17,30 @@ use super::action::{Action, Effect, Event, Regarding, Target};
 use super::census::{Census, Machine, Revocation, Standing};
 use super::conditions;
 use super::routes::Routes;
-use crate::view::Now;
+use crate::view::{ClusterView, Now};
 
 /// Approves, changes and revokes.
-pub(super) fn act(network: &Network, census: &Census<'_>, routes: &Routes<'_>, now: Now) -> Vec<Action> {
+pub(super) fn act(
+    view: &ClusterView,
+    network: &Network,
+    census: &Census<'_>,
+    routes: &Routes<'_>,
+    now: Now,
+) -> Vec<Action> {
     let relays: BTreeSet<NodeId> = network.relays.iter().map(|relay| relay.id).collect();
+    let later = now.max(view.last_serial().saturating_add(1));
     census
         .machines
         .values()
         .filter_map(|machine| match machine.standing {
             Standing::Admitted { identity, host, .. } => {
-                approve(&Context { network, relays: &relays, routes, now }, machine, identity, host)
+                approve(&Context { network, relays: &relays, routes, later }, machine, identity, host)
             }
             Standing::Waiting(_) | Standing::Refused(_) | Standing::Changed { .. } | Standing::Revoked(_) => {
-                revoke(machine, now)
+                revoke(machine, later)
             }
             // A Node of the same name was another machine's; its approval must not outlive it under the Member.
-            Standing::Silent if is_of_another(machine) => revoke(machine, now),
+            Standing::Silent if is_of_another(machine) => revoke(machine, later),
             // What is not decided yet stays as it is, and what is leaving goes with its object.
             Standing::Silent
             | Standing::Undecided(_)
@@ -48,7 +56,8 @@ struct Context<'a> {
     network: &'a Network,
     relays: &'a BTreeSet<NodeId>,
     routes: &'a Routes<'a>,
-    now: Now,
+    /// The serial of what is signed by this decision.
+    later: u64,
 }
 
 fn approve(context: &Context<'_>, machine: &Machine<'_>, identity: NodeId, host: u32) -> Option<Action> {
@@ -69,6 +78,7 @@ fn approve(context: &Context<'_>, machine: &Machine<'_>, identity: NodeId, host:
         identity,
         addresses: addresses_of(context.network, host),
         routes: wanted.into_iter().collect(),
+        pod_cidrs: granted.pod_cidrs.iter().copied().collect(),
         endpoints: wishes.endpoints.clone(),
         relays: wishes.relays.iter().filter(|relay| context.relays.contains(relay)).copied().collect(),
         location: wishes.location.clone(),
@@ -76,7 +86,7 @@ fn approve(context: &Context<'_>, machine: &Machine<'_>, identity: NodeId, host:
     };
     approval.serial = match machine.newest {
         Some(newest) if *newest == (Approval { serial: newest.serial, ..approval.clone() }) => newest.serial,
-        newest => later(newest, context.now),
+        Some(_) | None => context.later,
     };
     if machine.newest == Some(&approval) && machine.carries_newest() {
         return None;
@@ -100,7 +110,7 @@ fn is_of_another(machine: &Machine<'_>) -> bool {
 }
 
 /// Takes back whatever valid approval there is.
-fn revoke(machine: &Machine<'_>, now: Now) -> Option<Action> {
+fn revoke(machine: &Machine<'_>, later: u64) -> Option<Action> {
     let newest = machine.newest?;
     if newest.is_revoked() && machine.carries_newest() {
         return None;
@@ -112,10 +122,11 @@ fn revoke(machine: &Machine<'_>, now: Now) -> Option<Action> {
     let revoked = Approval {
         addresses: Vec::new(),
         routes: Vec::new(),
+        pod_cidrs: Vec::new(),
         endpoints: Vec::new(),
         relays: Vec::new(),
         location: None,
-        serial: if newest.is_revoked() { newest.serial } else { later(Some(newest), now) },
+        serial: if newest.is_revoked() { newest.serial } else { later },
         ..newest.clone()
     };
     let note = match &machine.standing {
@@ -139,11 +150,6 @@ fn revoke(machine: &Machine<'_>, now: Now) -> Option<Action> {
     };
     let event = (!newest.is_revoked()).then(|| (true, "Revoked", note.clone()));
     effect(machine, revoked, note, event)
-}
-
-/// Of conflicting approvals the newest wins, also against one of before that nobody here knows.
-fn later(newest: Option<&Approval>, now: Now) -> u64 {
-    now.max(newest.map_or(1, |newest| newest.serial.saturating_add(1)))
 }
 
 fn effect(
@@ -171,6 +177,7 @@ fn difference(before: &Approval, after: &Approval) -> String {
     let parts = [
         ("addresses", before.addresses != after.addresses),
         ("routes", before.routes != after.routes),
+        ("pod CIDRs", before.pod_cidrs != after.pod_cidrs),
         ("endpoints", before.endpoints != after.endpoints),
         ("relays", before.relays != after.relays),
         ("location", before.location != after.location),

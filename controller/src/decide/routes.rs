@@ -4,6 +4,9 @@
 //! the plain peers that it serves. Each is allowed or not by itself; of those that overlap the earlier holder keeps: who
 //! has it approved comes before who wants it, then the elder. The networks that are given never overlap, so one look to
 //! either side in their order finds every conflict.
+//!
+//! A network that moves has to be taken from the one before it is given to the other: what an approval in force still
+//! gives away is given to nobody else in the same decision, so that no two approvals ever hold it at once.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -12,9 +15,9 @@ use ipnet::IpNet;
 use keystone_mesh_core::admission::overlap;
 use keystone_mesh_core::facts::MAX_FACT;
 use keystone_mesh_core::network::Network;
-use keystone_mesh_core::node::{MAX_ROUTES, NodeName};
+use keystone_mesh_core::node::{Approval, MAX_POD_CIDRS, MAX_ROUTES, NodeName};
 
-use super::census::{Census, Machine};
+use super::census::{Census, Machine, Standing};
 use super::plain::Serving;
 use crate::view::Settings;
 
@@ -85,7 +88,10 @@ pub(super) enum RouteRefusal {
         owner: String,
     },
     /// More than an approval can hold.
-    #[error("{0} is one network too many: a node is the way to at most {MAX_ROUTES}")]
+    #[error(
+        "{0} is one network too many: a node is the way to at most {MAX_ROUTES} networks and has at most {MAX_POD_CIDRS} \
+         pod CIDRs"
+    )]
     TooMany(IpNet),
 }
 
@@ -106,6 +112,7 @@ impl RouteRefusal {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Granted {
     pub(super) routes: BTreeSet<IpNet>,
+    pub(super) pod_cidrs: BTreeSet<IpNet>,
     pub(super) refused: Vec<RouteRefusal>,
 }
 
@@ -135,6 +142,7 @@ pub(super) fn grant<'a>(
     let mut of_peers: Vec<Wants<'a>> = serving.iter().map(|serving| Wants::of_peer(serving, &mut book)).collect();
     of_peers.sort_by_key(|wants| (wants.created, wants.name));
     wants.append(&mut of_peers);
+    book.moving = given_away(census, &wants);
     for has_it in [true, false] {
         for wants in &wants {
             for net in wants.nets.iter().filter(|net| wants.held.contains(net) == has_it) {
@@ -145,6 +153,19 @@ pub(super) fn grant<'a>(
     book.routes
 }
 
+/// What approvals hold that are in force, or were until this decision, and what nobody wants of them any more. Without a
+/// record no reader acts on an approval, so one that somebody brought back to a silent object is in nobody's way.
+fn given_away<'a>(census: &Census<'a>, wants: &[Wants<'a>]) -> Vec<(IpNet, &'a NodeName)> {
+    let kept: BTreeSet<(&NodeName, IpNet)> =
+        wants.iter().flat_map(|wants| wants.nets.iter().map(|net| (wants.carrier, *net))).collect();
+    let counts = |machine: &&Machine<'_>| machine.standing != Standing::Silent;
+    let held = census.machines.values().filter(counts).flat_map(|machine| {
+        let approval = machine.newest.filter(|approval| !approval.is_revoked());
+        approval.into_iter().flat_map(Approval::behind).map(|net| (net, machine.name))
+    });
+    held.filter(|(net, carrier)| !kept.contains(&(carrier, *net))).collect()
+}
+
 /// What one machine or peer wants and may have, and what it has.
 struct Wants<'a> {
     owner: Owner<'a>,
@@ -153,6 +174,8 @@ struct Wants<'a> {
     /// Whose approval has to hold it.
     carrier: &'a NodeName,
     nets: Vec<IpNet>,
+    /// Those that are the pods' of a machine.
+    pods: BTreeSet<IpNet>,
     /// Those that are a plain peer's own addresses: of the mesh, and kept apart by the ledger.
     own: Vec<IpNet>,
     /// What it has already.
@@ -162,21 +185,26 @@ struct Wants<'a> {
 impl<'a> Wants<'a> {
     fn of_machine(machine: &Machine<'a>, settings: &Settings, book: &mut Book<'a>) -> Self {
         let mut nets = Vec::new();
+        let mut pods = BTreeSet::new();
         for (net, source) in wanted(machine) {
             if nets.contains(&net) {
                 continue;
             }
             match check(net, source, machine, settings) {
-                Ok(()) => nets.push(net),
+                Ok(()) => {
+                    nets.push(net);
+                    pods.extend((source == Source::PodCidr).then_some(net));
+                }
                 // What it once asked for, and what has other grounds, as the addresses of plain peers.
                 Err(_) if machine.record.is_none() && source == Source::Record => {}
                 Err(refusal) => book.refuse(Owner::Node(machine.name), refusal),
             }
         }
-        let held = machine.in_force().map(|approval| approval.routes.iter().copied().collect()).unwrap_or_default();
+        let held = machine.in_force().map(|approval| approval.behind().collect()).unwrap_or_default();
         let name = machine.name;
         book.routes.machines.entry(name).or_default();
-        Self { owner: Owner::Node(name), name, created: machine.created(), carrier: name, nets, own: Vec::new(), held }
+        let (owner, created) = (Owner::Node(name), machine.created());
+        Self { owner, name, created, carrier: name, nets, pods, own: Vec::new(), held }
     }
 
     fn of_peer(serving: &Serving<'a>, book: &mut Book<'a>) -> Self {
@@ -192,8 +220,8 @@ impl<'a> Wants<'a> {
         book.routes.peers.entry(name).or_default();
         book.routes.served.entry(serving.node).or_default().push(name);
         let held = serving.held.iter().copied().collect();
-        let own = serving.addresses.clone();
-        Self { owner: Owner::Peer(name), name, created: serving.created, carrier: serving.node, nets, own, held }
+        let (owner, pods, own) = (Owner::Peer(name), BTreeSet::new(), serving.addresses.clone());
+        Self { owner, name, created: serving.created, carrier: serving.node, nets, pods, own, held }
     }
 }
 
@@ -248,19 +276,25 @@ type Taken<'a> = (IpNet, Option<Owner<'a>>);
 /// The networks that are given: disjoint, by family and first address.
 struct Book<'a> {
     taken: BTreeMap<(bool, u128), Taken<'a>>,
-    /// How many networks each approval holds, and how long their text is.
-    room: BTreeMap<&'a NodeName, (usize, usize)>,
+    /// Networks that approvals in force have to give away first, and whose they are.
+    moving: Vec<(IpNet, &'a NodeName)>,
+    /// How many networks each list of an approval holds (its routes, its pod CIDRs), and how long their text is.
+    room: BTreeMap<(&'a NodeName, bool), (usize, usize)>,
     routes: Routes<'a>,
 }
 
 impl<'a> Book<'a> {
     fn new(network: &Network) -> Self {
         let taken = network.prefixes().map(|net| (position(net), (net, None)));
-        Self { taken: taken.into(), room: BTreeMap::new(), routes: Routes::default() }
+        Self { taken: taken.into(), moving: Vec::new(), room: BTreeMap::new(), routes: Routes::default() }
     }
 
     fn give(&mut self, wants: &Wants<'a>, net: IpNet) {
-        let own = wants.own.contains(&net);
+        // The next decision gives it, once it is seen that the other has it no more.
+        if self.moving.iter().any(|(moving, of)| *of != wants.carrier && overlap(net, *moving)) {
+            return;
+        }
+        let (own, pods) = (wants.own.contains(&net), wants.pods.contains(&net));
         if !own {
             match self.conflict(net) {
                 // Covered by what it has already.
@@ -274,16 +308,23 @@ impl<'a> Book<'a> {
         }
         /// Between two networks in a list.
         const SEPARATOR: usize = 2;
-        let (count, bytes) = self.room.get(wants.carrier).copied().unwrap_or_default();
+        let list = (wants.carrier, pods);
+        let (count, bytes) = self.room.get(&list).copied().unwrap_or_default();
+        let limit = if pods { MAX_POD_CIDRS } else { MAX_ROUTES };
         let bytes = bytes + net.to_string().len() + SEPARATOR;
-        if count == MAX_ROUTES || bytes > MAX_FACT {
+        if count == limit || bytes > MAX_FACT {
             return self.refuse(wants.owner, RouteRefusal::TooMany(net));
         }
-        self.room.insert(wants.carrier, (count + 1, bytes));
+        self.room.insert(list, (count + 1, bytes));
         if !own {
             self.taken.insert(position(net), (net, Some(wants.owner)));
         }
-        self.granted(wants.owner).routes.insert(net);
+        let granted = self.granted(wants.owner);
+        if pods {
+            granted.pod_cidrs.insert(net)
+        } else {
+            granted.routes.insert(net)
+        };
     }
 
     /// The network that another one overlaps. Those that are taken are disjoint, so only the nearest one below and the

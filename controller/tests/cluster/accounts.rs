@@ -181,6 +181,7 @@ async fn everything(client: Client, world: &World<'_>, made: Objects) -> Result<
             identity: Machine::new("w", 1).id(),
             addresses: vec![],
             routes: vec![],
+            pod_cidrs: vec![],
             endpoints: vec![],
             relays: vec![],
             location: None,

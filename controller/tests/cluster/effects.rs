@@ -121,6 +121,7 @@ fn a_nodes_parts_are_changed_without_harm_to_others() {
                 identity: Secret::from_bytes([2; 32]).identity().id(),
                 addresses: vec!["10.98.0.2/32".parse().unwrap()],
                 routes: vec!["10.42.0.0/24".parse().unwrap()],
+                pod_cidrs: vec![],
                 endpoints: vec![],
                 relays: vec![],
                 location: None,

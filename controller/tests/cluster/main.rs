@@ -8,6 +8,7 @@ mod approval;
 mod crds;
 mod effects;
 mod outages;
+mod pods;
 mod races;
 mod scale;
 mod storms;

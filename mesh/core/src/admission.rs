@@ -227,6 +227,7 @@ fn grant(known: Known<'_>, record: &NodeRecord, now: u64) -> Result<Grant, JoinR
         identity: record.identity,
         addresses,
         routes: record.routes.clone(),
+        pod_cidrs: Vec::new(),
         endpoints: before.map(|approval| approval.endpoints.clone()).unwrap_or_default(),
         relays: before.map(|approval| approval.relays.clone()).unwrap_or_default(),
         location: before.and_then(|approval| approval.location.clone()),
@@ -244,8 +245,8 @@ pub fn check_routes(known: Known<'_>, record: &NodeRecord) -> Result<(), JoinRef
             }
         }
         for (name, entry) in known.entries.iter().filter(|(name, _)| **name != record.name) {
-            let routes = entry.approved(known.network.id).map_or(&[][..], |approval| &approval.routes);
-            if let Some(&taken) = routes.iter().find(|taken| overlap(wanted, **taken)) {
+            let mut behind = entry.approved(known.network.id).into_iter().flat_map(Approval::behind);
+            if let Some(taken) = behind.find(|taken| overlap(wanted, *taken)) {
                 return Err(JoinRefusal::RouteOverlap { wanted, taken, owner: format!("node `{name}`'s") });
             }
         }

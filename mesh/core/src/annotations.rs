@@ -85,6 +85,7 @@ pub const KEYS: &[Key] = &[
     Key { name: "approved", writer: Writer::Controller },
     Key { name: "addresses", writer: Writer::Controller },
     Key { name: "routes", writer: Writer::Controller },
+    Key { name: "pod-cidrs", writer: Writer::Controller },
     Key { name: "approved-endpoints", writer: Writer::Controller },
     Key { name: "approved-relays", writer: Writer::Controller },
     Key { name: "approved-location", writer: Writer::Controller },

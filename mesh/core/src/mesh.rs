@@ -28,7 +28,7 @@ pub use self::words::{Counters, Hint, Output, Own, PeerStatus, ProbeRefusal};
 use crate::io::{PeerConfig, PeerOp, Via};
 use crate::key::{NodeId, PublicKey};
 use crate::network::Network;
-use crate::node::{Entry, NodeName, NodeRecord};
+use crate::node::{Approval, Entry, NodeName, NodeRecord};
 use crate::path::{self, Candidate, Nat, Observations, TimeoutReason};
 use crate::plain_peer::SignedPlainPeer;
 use crate::plan::{self, Plan};
@@ -377,6 +377,11 @@ impl Mesh {
         self.plan.addresses.iter().chain(&self.own.addresses).copied().collect()
     }
 
+    /// Networks of this node's pods.
+    pub fn pod_cidrs(&self) -> &[IpNet] {
+        &self.plan.pod_cidrs
+    }
+
     /// Where this node may be reached, and its NAT.
     pub fn location(&self) -> (&[Candidate], Nat) {
         (&self.local, self.observations.nat(&self.host))
@@ -391,8 +396,9 @@ impl Mesh {
     pub fn unapproved_routes(&self) -> impl Iterator<Item = IpNet> + '_ {
         let network = self.network.as_ref().map(|network| network.id);
         let own = self.own.name.as_ref().and_then(|name| self.entries.get(name));
-        let approved = own.and_then(|entry| entry.approved(network?)).map(|approval| &approval.routes);
-        self.own.routes.iter().copied().filter(move |route| approved.is_some_and(|routes| !routes.contains(route)))
+        let approved = own.and_then(|entry| entry.approved(network?));
+        let led = |approval: &Approval, route: IpNet| approval.networks().any(|net| net == route);
+        self.own.routes.iter().copied().filter(move |route| approved.is_some_and(|approval| !led(approval, *route)))
     }
 
     /// What a snapshot keeps of the registry.

@@ -31,6 +31,8 @@ pub const MAX_FORCED: usize = 4;
 pub const MAX_ADDRESSES: usize = 8;
 /// Most routes in a record or approval.
 pub const MAX_ROUTES: usize = 64;
+/// Most pod CIDRs of one node: Kubernetes gives one of each family, some allocators several small ones.
+pub const MAX_POD_CIDRS: usize = 16;
 
 /// A node's name: a Kubernetes Node name, that is an RFC 1123 subdomain of at most 253 characters.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -266,6 +268,8 @@ pub struct Approval {
     pub addresses: Vec<IpNet>,
     /// Networks that are routed to the node.
     pub routes: Vec<IpNet>,
+    /// Networks of the node's pods, at most [`MAX_POD_CIDRS`]: routed to the node unless somebody else carries pods.
+    pub pod_cidrs: Vec<IpNet>,
     /// Where people say that the node is reached; tried like the node's own endpoints. At most [`MAX_FORCED`].
     pub endpoints: Vec<HostPort>,
     /// The relays that people tell the node to listen on; empty: those that it chooses. At most [`MAX_RELAYS`].
@@ -284,10 +288,21 @@ impl Approval {
             .set("approved", self.identity)
             .set_list("addresses", &self.addresses)
             .set_list("routes", &self.routes)
+            .set_list("pod-cidrs", &self.pod_cidrs)
             .set_list("approved-endpoints", &self.endpoints)
             .set_list("approved-relays", &self.relays)
             .set("approved-location", self.location.as_ref().map(Location::as_str).unwrap_or_default())
             .set("approval-serial", self.serial)
+    }
+
+    /// Every network that the approval gives: addresses, routes and pod CIDRs.
+    pub fn networks(&self) -> impl Iterator<Item = IpNet> + '_ {
+        self.addresses.iter().copied().chain(self.behind())
+    }
+
+    /// Networks behind the node: routes and pod CIDRs.
+    pub fn behind(&self) -> impl Iterator<Item = IpNet> + '_ {
+        self.routes.iter().chain(&self.pod_cidrs).copied()
     }
 
     /// Whether this takes back what was approved: an approval without an address.
@@ -329,6 +344,7 @@ impl SignedApproval {
         let identity = reader.required("approved");
         let addresses = read_addresses(&mut reader);
         let routes = reader.list("routes", MAX_ROUTES);
+        let pod_cidrs = reader.list("pod-cidrs", MAX_POD_CIDRS);
         let endpoints = reader.list("approved-endpoints", MAX_FORCED);
         let relays = reader.list("approved-relays", MAX_RELAYS);
         let location = reader.optional("approved-location");
@@ -341,6 +357,7 @@ impl SignedApproval {
                 identity: identity?,
                 addresses,
                 routes,
+                pod_cidrs,
                 endpoints,
                 relays,
                 location,
@@ -444,6 +461,7 @@ pub(crate) mod tests {
             identity: secret(byte).identity().id(),
             addresses: vec![address.parse().unwrap()],
             routes: routes.iter().map(|route| route.parse().unwrap()).collect(),
+            pod_cidrs: vec![],
             endpoints: vec![],
             relays: vec![],
             location: None,

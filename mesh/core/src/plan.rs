@@ -32,6 +32,8 @@ pub struct Member {
     pub addresses: Vec<IpNet>,
     /// Networks behind it.
     pub routes: Vec<IpNet>,
+    /// Networks of its pods.
+    pub pod_cidrs: Vec<IpNet>,
     /// Where it may be reached, without addresses that must never be tried.
     pub candidates: Vec<Candidate>,
     /// Where people say that it is reached, with names that are to be resolved.
@@ -116,6 +118,8 @@ impl fmt::Display for Fault {
 pub struct Plan {
     /// This node's mesh addresses.
     pub addresses: Vec<IpNet>,
+    /// Networks of this node's pods.
+    pub pod_cidrs: Vec<IpNet>,
     /// The relays that people tell this node to listen on; empty: all of the network's.
     pub relays: Vec<NodeId>,
     /// Every peer that may be spoken to.
@@ -130,6 +134,14 @@ impl Plan {
     /// What the kernel must send into the mesh: the mesh itself is reached by address, networks behind nodes by route.
     pub fn routes(&self) -> impl Iterator<Item = IpNet> + '_ {
         self.configs().flat_map(|config| &config.allowed_ips).copied()
+    }
+
+    /// Leaves pods to somebody else's network: no peer is the way to its pods. Whose they are stays known.
+    pub fn without_pod_routes(mut self) -> Self {
+        for member in self.members.values_mut() {
+            member.config.allowed_ips.retain(|net| !member.pod_cidrs.contains(net));
+        }
+        self
     }
 
     /// Every peer as the data plane needs it.
@@ -159,8 +171,8 @@ pub fn plan(
     let owners = owners(me, &approved);
     for (entry, approval) in approved {
         let (name, record) = (entry.name(), entry.record.get());
-        let mut granted = Vec::with_capacity(approval.addresses.len() + approval.routes.len());
-        for &net in approval.addresses.iter().chain(&approval.routes) {
+        let mut granted = Vec::with_capacity(approval.networks().count());
+        for net in approval.networks() {
             match claims.claim(net, name) {
                 Ok(()) => granted.push(net),
                 Err((other, taken)) => plan.faults.push(Fault::Overlap { name: name.clone(), net, other, taken }),
@@ -169,7 +181,8 @@ pub fn plan(
         match owners.get(&record.public_key).filter(|owner| owner.name() != name) {
             Some(owner) => plan.faults.push(Fault::SharedKey { name: name.clone(), other: owner.name().clone() }),
             None if record.identity == me => {
-                plan.addresses = granted.iter().filter(|net| approval.addresses.contains(net)).copied().collect();
+                plan.addresses = among(&granted, &approval.addresses);
+                plan.pod_cidrs = among(&granted, &approval.pod_cidrs);
                 plan.relays.clone_from(&approval.relays);
             }
             None => drop(plan.members.insert(record.public_key, member(network, record, approval, granted))),
@@ -228,11 +241,10 @@ fn serve(plan: &mut Plan, own: &Entry, network: &Network, peers: &BTreeMap<NodeN
 }
 
 fn served_peer(peer: &PlainPeer, granted: Vec<IpNet>) -> Served {
-    let of = |kind: &[IpNet]| granted.iter().filter(|net| kind.contains(net)).copied().collect();
     Served {
         name: peer.name.clone(),
-        addresses: of(&peer.addresses),
-        routes: of(&peer.routes),
+        addresses: among(&granted, &peer.addresses),
+        routes: among(&granted, &peer.routes),
         endpoint: peer.endpoint.clone(),
         config: PeerConfig {
             key: peer.public_key,
@@ -264,11 +276,11 @@ fn by_serial<'a>(
 
 fn member(network: &Network, record: &NodeRecord, approval: &Approval, granted: Vec<IpNet>) -> Member {
     let own_prefixes = network.prefixes();
-    let of = |kind: &[IpNet]| granted.iter().filter(|net| kind.contains(net)).copied().collect();
     Member {
         name: record.name.clone(),
-        addresses: of(&approval.addresses),
-        routes: of(&approval.routes),
+        addresses: among(&granted, &approval.addresses),
+        routes: among(&granted, &approval.routes),
+        pod_cidrs: among(&granted, &approval.pod_cidrs),
         candidates: record.endpoints.iter().filter(|c| usable(c.addr.ip(), &own_prefixes)).copied().collect(),
         forced: approval.endpoints.clone(),
         relays: record.relays.clone(),
@@ -281,6 +293,10 @@ fn member(network: &Network, record: &NodeRecord, approval: &Approval, granted: 
             allowed_ips: granted,
         },
     }
+}
+
+fn among(granted: &[IpNet], kind: &[IpNet]) -> Vec<IpNet> {
+    granted.iter().filter(|net| kind.contains(net)).copied().collect()
 }
 
 /// Changes that lead from one set of peers to another. Removals come first, so that a network can move from one peer

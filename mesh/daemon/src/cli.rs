@@ -87,6 +87,9 @@ enum Command {
         /// The interface to take away where no daemon runs that knows it
         #[arg(long, env = "KEYSTONE_MESH_INTERFACE", default_value = crate::config::DEFAULT_INTERFACE, value_name = "IF")]
         interface: String,
+        /// The CNI configurations to take ours away from where no daemon runs that knows it
+        #[arg(long, env = "KEYSTONE_MESH_CNI_CONF_DIR", default_value = crate::config::DEFAULT_CNI_CONF_DIR, value_name = "DIR")]
+        cni_conf_dir: PathBuf,
     },
     /// Make, show, list and remove plain WireGuard peers: a laptop, a phone, another site (with Kubernetes)
     #[command(subcommand)]
@@ -327,7 +330,9 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             Command::Ping(args) => return bench::ping(&places, &args).await,
             Command::Bench(args) => bench::bench(&places, &args).await,
             Command::Remove { name } => member::remove(&places, name).await,
-            Command::Leave { force, interface } => member::leave(&places, &interface, force).await,
+            Command::Leave { force, interface, cni_conf_dir } => {
+                member::leave(&places, &interface, &cni_conf_dir, force).await
+            }
             Command::Peer(command) => peer::run(&places, command).await,
             Command::Doctor(args) => return doctor::run(&places, args.json).await,
             Command::Completions { shell } => completions(shell),

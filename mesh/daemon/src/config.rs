@@ -14,6 +14,9 @@ use keystone_mesh_core::relay::address::{HostPort, RelayAddr};
 use keystone_mesh_core::{NodeId, PeerConfig, PresharedKey, PrivateKey, PublicKey};
 use serde::{Deserialize, Serialize};
 
+use crate::cni::facts::FILE as FACTS;
+use crate::cni::installer;
+use crate::cni::layout::Mode;
 use crate::http::listen::{self, ListenAt};
 use crate::kube_api::access::ServiceAccount;
 
@@ -26,6 +29,11 @@ pub const DEFAULT_INTERFACE: &str = "ksmesh0";
 pub const DEFAULT_MTU: u16 = 1280;
 /// Default of `metrics_peers`: 100 nodes that each have 100 peers are some 50,000 series, which a small Prometheus holds.
 pub const DEFAULT_METRICS_PEERS: usize = 100;
+
+/// Where container runtimes look for CNI configurations, unless they are told otherwise.
+pub const DEFAULT_CNI_CONF_DIR: &str = "/etc/cni/net.d";
+/// And for plugins.
+pub const DEFAULT_CNI_BIN_DIR: &str = "/opt/cni/bin";
 
 /// Where state and control socket are; every command takes these.
 #[derive(Args, Clone, Debug)]
@@ -54,6 +62,11 @@ impl Places {
     /// The daemon's control socket.
     pub fn socket(&self) -> PathBuf {
         self.run_dir.join("control.sock")
+    }
+
+    /// What the CNI plugin has to know, as the daemon writes it.
+    pub fn facts(&self) -> PathBuf {
+        self.run_dir.join(FACTS)
     }
 }
 
@@ -114,6 +127,25 @@ pub struct Options {
     /// Peers up to which each has metrics of its own; with more there are totals alone, with 0 always [default: 100]
     #[arg(long, env = "KEYSTONE_MESH_METRICS_PEERS", value_name = "N")]
     pub metrics_peers: Option<usize>,
+    /// How pods get their network: the mesh is it, our plugin helps another's, another's runs on the mesh, or `none`, which takes
+    /// away what an earlier mode left [default: the CNI directories are not touched]
+    #[arg(long, env = "KEYSTONE_MESH_CNI_MODE", value_enum, value_name = "MODE")]
+    pub cni_mode: Option<Mode>,
+    /// Where the container runtime looks for CNI configurations [default: /etc/cni/net.d]
+    #[arg(long, env = "KEYSTONE_MESH_CNI_CONF_DIR", value_name = "DIR")]
+    pub cni_conf_dir: Option<PathBuf>,
+    /// Where it looks for CNI plugins [default: /opt/cni/bin]
+    #[arg(long, env = "KEYSTONE_MESH_CNI_BIN_DIR", value_name = "DIR")]
+    pub cni_bin_dir: Option<PathBuf>,
+    /// The plugin's program, which is copied there [default: keystone-cni beside this program]
+    #[arg(long, env = "KEYSTONE_MESH_CNI_PLUGIN", value_name = "FILE")]
+    pub cni_plugin: Option<PathBuf>,
+    /// Where the plugin finds pods.json on the host, in a pod that has the run directory from elsewhere [default: in the run directory]
+    #[arg(long, env = "KEYSTONE_MESH_CNI_FACTS", value_name = "FILE")]
+    pub cni_facts: Option<PathBuf>,
+    /// Whether packets to pods go through the mesh [default: false with the modes helper and underlay, else true]
+    #[arg(long, env = "KEYSTONE_MESH_POD_ROUTES", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    pub pod_routes: Option<bool>,
     /// Own addresses on the interface beside those of the network, for plain WireGuard peers (file only)
     #[arg(skip)]
     pub addresses: Vec<IpNet>,
@@ -216,6 +248,10 @@ pub struct Config {
     pub status_listen: Vec<ListenAt>,
     /// Peers up to which each has metrics of its own.
     pub metrics_peers: usize,
+    /// What is kept in the node's CNI directories.
+    pub cni: installer::Settings,
+    /// Whether packets to pods go through the mesh.
+    pub pod_routes: bool,
     /// Own addresses for plain WireGuard peers.
     pub addresses: Vec<IpNet>,
     /// WireGuard key to use instead of the derived one.
@@ -285,6 +321,14 @@ impl Config {
             on_stop: options.on_stop.unwrap_or_default(),
             status_listen: options.status_listen,
             metrics_peers: options.metrics_peers.unwrap_or(DEFAULT_METRICS_PEERS),
+            pod_routes: options.pod_routes.unwrap_or_else(|| options.cni_mode.unwrap_or_default().routes_pods()),
+            cni: installer::Settings {
+                mode: options.cni_mode,
+                conf_dir: options.cni_conf_dir.unwrap_or_else(|| DEFAULT_CNI_CONF_DIR.into()),
+                bin_dir: options.cni_bin_dir.unwrap_or_else(|| DEFAULT_CNI_BIN_DIR.into()),
+                plugin: options.cni_plugin,
+                facts: options.cni_facts,
+            },
             addresses: options.addresses,
             private_key,
             plain_peers: plain_peers(&options.peer)?,
@@ -314,6 +358,12 @@ fn merge(over: Options, base: Options) -> Options {
         on_stop: over.on_stop.or(base.on_stop),
         status_listen: list(over.status_listen, base.status_listen),
         metrics_peers: over.metrics_peers.or(base.metrics_peers),
+        cni_mode: over.cni_mode.or(base.cni_mode),
+        cni_conf_dir: over.cni_conf_dir.or(base.cni_conf_dir),
+        cni_bin_dir: over.cni_bin_dir.or(base.cni_bin_dir),
+        cni_plugin: over.cni_plugin.or(base.cni_plugin),
+        cni_facts: over.cni_facts.or(base.cni_facts),
+        pod_routes: over.pod_routes.or(base.pod_routes),
         addresses: base.addresses,
         private_key_file: base.private_key_file,
         peer: base.peer,
@@ -392,10 +442,26 @@ mod tests {
             ("status_listen = 'everywhere'", "51842"),
             ("relays = ['relay.example.org:1']", "KEY@HOST:PORT"),
             ("name = 'Upper'", "not a node name"),
+            ("cni_mode = 'overlay'", "pod-network"),
             ("[[peer]]\npublic_key = 'AAAA'\nallowed_ips = []", "truncated"),
         ] {
             let error = format!("{:#}", parse(text).unwrap_err());
             assert!(error.contains(named), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn pods_are_routed_unless_another_network_carries_them() {
+        for (text, routed) in [
+            ("", true),
+            ("cni_mode = 'none'", true),
+            ("cni_mode = 'pod-network'", true),
+            ("cni_mode = 'helper'", false),
+            ("cni_mode = 'underlay'", false),
+            ("cni_mode = 'underlay'\npod_routes = true", true),
+            ("pod_routes = false", false),
+        ] {
+            assert_eq!(parse(text).unwrap().pod_routes, routed, "{text}");
         }
     }
 

@@ -17,6 +17,7 @@ mod report;
 mod saver;
 mod uplink;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -27,8 +28,10 @@ use keystone_mesh_core::token::Token;
 use keystone_mesh_core::{NodeId, PublicKey, Secret, kernel as core_kernel};
 use tokio::sync::{mpsc, oneshot};
 
-use self::driver::Driver;
+use self::driver::{Driver, Pods};
 use self::uplink::Uplink;
+use crate::cni::facts::FactsFile;
+use crate::cni::installer::{self, Installer};
 use crate::config::{Config, OnStop, Places, RegistryKind};
 use crate::control::{self, Answer};
 use crate::dataplane::{self, DataPlane, RelaySink};
@@ -126,6 +129,13 @@ pub async fn run(places: &Places, config: Config, token: Option<Token>) -> anyho
         Err(_) => false,
     };
     let removed = if gone { keeper::remove(&interface).await } else { Ok(()) };
+    let removed = match &end {
+        Ok(End::Left(_)) => {
+            FactsFile::remove(&places.facts());
+            removed.and(installer::withdraw(&config.cni))
+        }
+        Ok(End::Stopped | End::InterfaceLost | End::PutOut(_)) | Err(_) => removed,
+    };
     tracing::info!(interface_removed = gone && removed.is_ok(), "daemon stopped");
     if let Ok(End::Left(answer)) = end {
         let said = match &removed {
@@ -184,7 +194,9 @@ async fn run_once(places: &Places, config: Config, token: Option<Token>, stop: &
         "daemon started"
     );
     let local = Local { plane, port, public_key: key.public_key(), started };
-    let mut driver = Driver::new(start, config, mesh, local, uplink, keeper);
+    let installer = Installer::start(&config.cni, places.facts());
+    let pods = Pods { facts: FactsFile::open(places.facts()), installer };
+    let mut driver = Driver::new(start, config, mesh, local, uplink, keeper, pods);
     driver.serve_status(calls_in);
     driver.begin();
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
@@ -298,6 +310,7 @@ fn own(start: &Start, config: &Config, key: keystone_mesh_core::PrivateKey) -> a
         relays: start.token.as_ref().map(|token| relays_of(&token.rendezvous)).unwrap_or_default(),
         mtu: config.mtu,
         routes: config.routes.clone(),
+        pod_routes: config.pod_routes,
         addresses: config.addresses.clone(),
         seed,
     })
@@ -309,7 +322,7 @@ fn hints(snapshot: &Snapshot) -> impl Iterator<Item = Hint> + '_ {
 }
 
 /// Leaves while no daemon runs: tells the control plane, cleans up, forgets.
-pub async fn leave_offline(places: &Places, interface: &str, force: bool) -> anyhow::Result<()> {
+pub async fn leave_offline(places: &Places, interface: &str, cni_conf_dir: &Path, force: bool) -> anyhow::Result<()> {
     let state = StateDir::open(&places.state_dir)?;
     let Some(membership) = state.membership()? else {
         bail!("this machine is in no network (state directory {})", places.state_dir.display());
@@ -328,5 +341,7 @@ pub async fn leave_offline(places: &Places, interface: &str, force: bool) -> any
         }
     }
     keeper::remove(interface).await?;
+    FactsFile::remove(&places.facts());
+    installer::withdraw_from(cni_conf_dir)?;
     Ok(state.forget()?)
 }

@@ -55,6 +55,10 @@ pub struct Node {
     pub public_key: PublicKey,
     /// Its mesh addresses.
     pub addresses: Vec<IpNet>,
+    /// Networks of its pods.
+    pub pod_cidrs: Vec<IpNet>,
+    /// The mesh's own prefixes; none while the network is not known.
+    pub mesh_cidrs: Vec<IpNet>,
     /// Whether it is the control plane's host.
     pub control_plane: bool,
     /// Whether the network has let it in.
@@ -236,6 +240,8 @@ pub struct Peer {
     pub addresses: Vec<IpNet>,
     /// Networks behind it.
     pub routes: Vec<IpNet>,
+    /// Networks of its pods.
+    pub pod_cidrs: Vec<IpNet>,
     /// Where it stands, as people named it.
     pub location: Option<Location>,
     /// The node that serves it; none for a node of the mesh, or a plain peer of this node's configuration.

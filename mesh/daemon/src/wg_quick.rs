@@ -97,7 +97,7 @@ impl WgQuick {
             .and_then(|entry| Some((entry.record.get(), entry.approved(network.id)?)))
             .ok_or_else(|| MakeError::NoServer { peer: peer.name.clone(), node: peer.node.clone() })?;
         let approved = entries.iter().filter_map(|entry| entry.approved(network.id));
-        let behind_nodes = approved.flat_map(|approval| approval.routes.iter().copied());
+        let behind_nodes = approved.flat_map(Approval::behind);
         let own = |net: &IpNet| peer.routes.contains(net) || peer.addresses.contains(net);
         let wanted: Vec<IpNet> = network.prefixes().into_iter().chain(behind_nodes).filter(|net| !own(net)).collect();
         Ok(Self {

@@ -13,7 +13,7 @@ use keystone_fuzz::sample;
 use keystone_mesh_core::facts::{FieldError, Malformed, Reader};
 use keystone_mesh_core::network::{Network, SignedNetwork, check_prefix};
 use keystone_mesh_core::node::{
-    Approval, MAX_ENDPOINTS, MAX_FORCED, MAX_RELAYS, MAX_ROUTES, NodeRecord, SignedApproval, SignedRecord,
+    Approval, MAX_ENDPOINTS, MAX_FORCED, MAX_POD_CIDRS, MAX_RELAYS, MAX_ROUTES, NodeRecord, SignedApproval, SignedRecord,
 };
 use keystone_mesh_core::plain_peer::SignedPlainPeer;
 use keystone_mesh_core::{Identity, NodeId};
@@ -102,6 +102,7 @@ fn sign_approval(map: &Map, network: NodeId) {
         identity,
         addresses,
         routes: reader.list("routes", MAX_ROUTES),
+        pod_cidrs: reader.list("pod-cidrs", MAX_POD_CIDRS),
         endpoints: reader.list("approved-endpoints", MAX_FORCED),
         relays: reader.list("approved-relays", MAX_RELAYS),
         location: reader.optional("approved-location"),

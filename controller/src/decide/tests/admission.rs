@@ -398,6 +398,7 @@ fn approvals_of_before_there_was_a_ledger_are_taken_over() {
         identity: id(2),
         addresses: nets(&["10.98.0.77/32"]),
         routes: vec![],
+        pod_cidrs: vec![],
         endpoints: vec![],
         relays: vec![],
         location: None,

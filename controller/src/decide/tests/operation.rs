@@ -15,14 +15,15 @@ const UNINITIALIZED: &str = "node.cloudprovider.kubernetes.io/uninitialized";
 // --- routes ---
 
 #[test]
-fn pod_cidrs_become_routes() {
+fn pod_cidrs_are_approved_as_such_and_not_as_routes() {
     let mut world = World::plain();
     world.approved("worker-1", 2);
     world.pods("worker-1", &["10.42.1.0/24", "fd00:42:0:1::/64"]);
     let serial = world.approval("worker-1").unwrap().serial;
     world.pass(SECOND);
     world.settle();
-    assert_eq!(world.routes("worker-1"), ["10.42.1.0/24", "fd00:42:0:1::/64"]);
+    assert_eq!(world.pod_cidrs("worker-1"), ["10.42.1.0/24", "fd00:42:0:1::/64"]);
+    assert!(world.routes("worker-1").is_empty());
     assert!(world.approval("worker-1").unwrap().serial > serial);
     assert_eq!(world.says("worker-1", ROUTES_CONDITION), "", "nothing was refused");
 }
@@ -56,8 +57,8 @@ fn an_overlap_is_refused_naming_both_sides_and_the_earlier_holder_keeps() {
     world.approved("worker-1", 3);
     world.pods("worker-1", &["10.42.0.0/16", "10.43.0.0/24"]);
     let events = world.settle();
-    assert_eq!(world.routes("worker-9"), ["10.42.1.0/24"]);
-    assert_eq!(world.routes("worker-1"), ["10.43.0.0/24"], "the rest of its routes works");
+    assert_eq!(world.pod_cidrs("worker-9"), ["10.42.1.0/24"]);
+    assert_eq!(world.pod_cidrs("worker-1"), ["10.43.0.0/24"], "the rest of its pods is reached");
     assert_eq!(world.says("worker-1", ROUTES_CONDITION), "False/RouteOverlap");
     let message = world.condition("worker-1", ROUTES_CONDITION).unwrap().message.unwrap();
     for part in ["10.42.0.0/16", "10.42.1.0/24", "worker-9"] {
@@ -67,7 +68,7 @@ fn an_overlap_is_refused_naming_both_sides_and_the_earlier_holder_keeps() {
     // And when the earlier holder goes, the other gets it, and the bad news ends.
     world.api.nodes.remove("worker-9");
     world.settle();
-    assert_eq!(world.routes("worker-1"), ["10.42.0.0/16", "10.43.0.0/24"]);
+    assert_eq!(world.pod_cidrs("worker-1"), ["10.42.0.0/16", "10.43.0.0/24"]);
     assert_eq!(world.says("worker-1", ROUTES_CONDITION), "True/Accepted");
 }
 
@@ -82,8 +83,81 @@ fn the_earlier_holder_keeps_though_the_controller_starts_anew_and_the_other_is_e
     world.restart();
     world.pods("worker-1", &["10.42.1.0/24"]);
     world.settle();
-    assert_eq!(world.routes("worker-2"), ["10.42.1.0/24"]);
-    assert!(world.routes("worker-1").is_empty());
+    assert_eq!(world.pod_cidrs("worker-2"), ["10.42.1.0/24"]);
+    assert!(world.pod_cidrs("worker-1").is_empty());
+}
+
+#[test]
+fn a_pod_cidr_of_a_node_that_went_goes_to_its_next_node_and_is_never_approved_twice() {
+    let mut world = World::plain();
+    world.approved("worker-1", 2);
+    world.approved("worker-2", 3);
+    world.pods("worker-1", &["10.42.1.0/24"]);
+    world.settle();
+    let before = world.approval("worker-1").unwrap().serial;
+
+    // The clock goes back by an hour, and the next node is there before anybody sees that the first one went.
+    world.now -= 60 * MINUTE;
+    world.pods("worker-2", &["10.42.1.0/24"]);
+    world.settle();
+    assert!(world.pod_cidrs("worker-2").is_empty());
+    world.api.nodes.remove("worker-1");
+    for round in 0.. {
+        let actions = world.decide().actions;
+        if actions.is_empty() {
+            break;
+        }
+        for action in actions {
+            world.apply(&[action]);
+            let holders =
+                ["worker-1", "worker-2"].map(|name| world.approval(name).is_some_and(|a| !a.pod_cidrs.is_empty()));
+            assert_ne!(holders, [true; 2], "round {round}");
+        }
+    }
+    assert_eq!(world.pod_cidrs("worker-2"), ["10.42.1.0/24"]);
+    assert!(
+        world.approval("worker-2").unwrap().serial > before,
+        "readers that still know the other side with this one"
+    );
+}
+
+#[test]
+fn a_network_that_moves_between_nodes_that_stay_is_taken_from_the_one_before_the_other_has_it() {
+    let mut world = World::plain();
+    world.approved("worker-1", 2);
+    world.approved("worker-2", 3);
+    for (from, to) in [("worker-1", "worker-2"), ("worker-2", "worker-1")] {
+        world.pods(to, &[]);
+        world.pods(from, &["10.42.1.0/24"]);
+        world.settle();
+        world.pods(from, &[]);
+        world.pods(to, &["10.42.0.0/16"]);
+        let first = world.decide();
+        assert_eq!(world.decide().actions.len(), 1, "one gives it away, and nobody is told of an overlap");
+        let told = world.apply(&first.actions);
+        assert!(world.pod_cidrs(from).is_empty() && world.pod_cidrs(to).is_empty() && told.is_empty());
+        world.settle();
+        assert_eq!(world.pod_cidrs(to), ["10.42.0.0/16"]);
+        assert_eq!(world.says(to, ROUTES_CONDITION), "");
+        assert!(world.approval(to).unwrap().serial > world.approval(from).unwrap().serial);
+    }
+}
+
+#[test]
+fn an_approval_that_somebody_brings_back_to_a_silent_node_keeps_no_network_from_anybody() {
+    let mut world = World::plain();
+    world.approved("worker-1", 2);
+    world.pods("worker-1", &["10.42.1.0/24"]);
+    world.settle();
+    let kept = annotations::of_approval(&world.signed_approval("worker-1").unwrap());
+    world.api.nodes.remove("worker-1");
+    world.settle();
+    world.node("worker-1");
+    world.annotate("worker-1", &kept, Writer::Controller);
+    world.approved("worker-2", 3);
+    world.pods("worker-2", &["10.42.1.0/24"]);
+    world.settle();
+    assert_eq!(world.pod_cidrs("worker-2"), ["10.42.1.0/24"]);
 }
 
 #[test]
@@ -102,7 +176,7 @@ fn networks_that_lead_to_no_node_are_refused() {
         world.approved("worker-1", 2);
         world.pods("worker-1", &[cidr]);
         world.settle();
-        assert!(world.routes("worker-1").is_empty(), "{cidr}");
+        assert!(world.pod_cidrs("worker-1").is_empty(), "{cidr}");
         assert_eq!(world.says("worker-1", ROUTES_CONDITION), format!("False/{reason}"), "{cidr}");
     }
 }
@@ -119,7 +193,7 @@ fn pod_cidrs_stay_inside_of_those_that_there_are() {
     asking.seq = 2;
     world.publish_record(asking, 2);
     world.settle();
-    assert!(world.routes("worker-1").is_empty());
+    assert!(world.pod_cidrs("worker-1").is_empty() && world.routes("worker-1").is_empty());
     assert_eq!(world.says("worker-1", ROUTES_CONDITION), "False/OutsidePodCIDRs");
 }
 
@@ -132,7 +206,11 @@ fn a_node_gets_no_more_routes_than_an_approval_holds() {
     asking.seq = 2;
     asking.routes = (0..64).map(|n| format!("172.16.{n}.0/24").parse().unwrap()).collect();
     world.publish_record(asking, 2);
-    world.pods("worker-1", &["10.42.1.0/24"]);
+    let pods: Vec<String> = (0..17).map(|n| format!("10.42.{n}.0/24")).collect();
+    world.pods("worker-1", &pods.iter().map(String::as_str).collect::<Vec<_>>());
+    world.settle();
+    assert_eq!((world.routes("worker-1").len(), world.pod_cidrs("worker-1").len()), (64, 16));
+    world.wish("worker-1", "routes-extra", "172.17.0.0/24");
     world.settle();
     assert_eq!(world.routes("worker-1").len(), 64);
     assert_eq!(world.says("worker-1", ROUTES_CONDITION), "False/TooManyRoutes");

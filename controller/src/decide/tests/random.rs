@@ -264,8 +264,8 @@ impl Race {
             match (pinned, approval) {
                 (Some((host, id)), Some(approval)) => {
                     assert_eq!((approval.identity, host_of(&network(), &approval)), (id, Some(host)), "{name}");
-                    let nets = approval.addresses.iter().chain(&approval.routes);
-                    taken.extend(nets.map(|net| (name.clone(), *net)));
+                    let nets = approval.networks();
+                    taken.extend(nets.map(|net| (name.clone(), net)));
                     admitted += 1;
                 }
                 (None, None) => {}

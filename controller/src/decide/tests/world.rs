@@ -268,6 +268,10 @@ impl World {
         self.approval(name).unwrap().routes.iter().map(ToString::to_string).collect()
     }
 
+    pub(super) fn pod_cidrs(&self, name: &str) -> Vec<String> {
+        self.approval(name).unwrap().pod_cidrs.iter().map(ToString::to_string).collect()
+    }
+
     pub(super) fn statement(&self, name: &str) -> Option<SignedPlainPeer> {
         let annotations = self.api.peers[name].metadata.annotations.clone().unwrap_or_default();
         SignedPlainPeer::from_annotations(&name.parse().unwrap(), &annotations).unwrap()

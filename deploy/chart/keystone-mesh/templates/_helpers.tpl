@@ -62,3 +62,52 @@ holds the list to the code.
   {{- end -}}
 ]
 {{- end }}
+
+{{/*
+What the agent needs to keep the host's CNI directories, and only where a mode is set: their places in the pod, and with the
+pods' network in our hands the host's switches for forwarding, which a container otherwise sees read-only.
+*/}}
+{{- define "keystone-mesh.cni.env" -}}
+{{- with .Values.cni }}
+{{- if .mode }}
+- {name: KEYSTONE_MESH_CNI_MODE, value: {{ .mode }}}
+- {name: KEYSTONE_MESH_CNI_CONF_DIR, value: /host/cni/net.d}
+- {name: KEYSTONE_MESH_CNI_BIN_DIR, value: /host/cni/bin}
+{{- if ne $.Values.agent.runDir "/run/keystone-mesh" }}
+- {name: KEYSTONE_MESH_CNI_FACTS, value: {{ $.Values.agent.runDir }}/pods.json}
+{{- end }}
+{{- end }}
+{{- if ne (toString .podRoutes) "<nil>" }}
+- {name: KEYSTONE_MESH_POD_ROUTES, value: {{ .podRoutes | quote }}}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- define "keystone-mesh.cni.mounts" -}}
+{{- with .Values.cni }}
+{{- if .mode }}
+- {name: cni-configurations, mountPath: /host/cni/net.d}
+{{- end }}
+{{- if has .mode (list "pod-network" "helper") }}
+- {name: cni-plugins, mountPath: /host/cni/bin}
+{{- end }}
+{{- if eq .mode "pod-network" }}
+- {name: sysctl, mountPath: /host/proc/sys/net}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- define "keystone-mesh.cni.volumes" -}}
+{{- with .Values.cni }}
+{{- if .mode }}
+- name: cni-configurations
+  hostPath: {path: {{ .confDir }}, type: DirectoryOrCreate}
+{{- end }}
+{{- if has .mode (list "pod-network" "helper") }}
+- name: cni-plugins
+  hostPath: {path: {{ .binDir }}, type: DirectoryOrCreate}
+{{- end }}
+{{- if eq .mode "pod-network" }}
+- name: sysctl
+  hostPath: {path: /proc/sys/net, type: Directory}
+{{- end }}
+{{- end }}
+{{- end }}

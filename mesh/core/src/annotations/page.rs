@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::*;
+use crate::node::Approval;
 use crate::node::tests::{entry, record, secret};
 use crate::plain_peer;
 
@@ -29,7 +30,9 @@ fn block(first: &str) -> &'static str {
 /// What the example shows.
 fn example() -> (SignedRecord, SignedApproval) {
     let record = record(2, "worker-1").sign_with_key(&secret(2).identity(), &secret(2).wireguard(0));
-    (record, entry(1, 2, "worker-1", "10.98.0.2/32", &["10.42.1.0/24"]).approval.unwrap())
+    let approval = entry(1, 2, "worker-1", "10.98.0.2/32", &["192.168.7.0/24"]).approval.unwrap().get().clone();
+    let pods = Approval { pod_cidrs: vec!["10.42.1.0/24".parse().unwrap()], ..approval };
+    (record, pods.sign(&secret(1).identity()))
 }
 
 #[test]
@@ -67,6 +70,7 @@ fn the_limits_on_the_page_are_those_of_the_code() {
         format!("{} endpoints", crate::node::MAX_ENDPOINTS),
         format!("{MAX_RELAYS} relays"),
         format!("{MAX_ROUTES} networks"),
+        format!("{} pod CIDRs", crate::node::MAX_POD_CIDRS),
         format!("{MAX_FORCED} forced endpoints"),
         format!("{} addresses", crate::node::MAX_ADDRESSES),
         format!("{} names", crate::directory::MEMORY),

@@ -29,7 +29,8 @@ impl Mesh {
     pub(super) fn replan(&mut self, now: Instant) {
         let Some(network) = &self.network else { return };
         let before = std::mem::take(&mut self.plan);
-        self.plan = plan::plan(self.own.identity, network, &self.entries, &self.stated);
+        let plan = plan::plan(self.own.identity, network, &self.entries, &self.stated);
+        self.plan = if self.own.pod_routes { plan } else { plan.without_pod_routes() };
         let configured = |key: &PublicKey| self.plain.contains_key(key);
         let by_key = |plan: &Plan| -> BTreeMap<PublicKey, PeerConfig> {
             let configs = plan.configs().filter(|config| !configured(&config.key));

@@ -116,6 +116,7 @@ impl Peer {
             key,
             addresses,
             routes,
+            pod_cidrs: member.map(|member| member.pod_cidrs.clone()).unwrap_or_default(),
             location: member.and_then(|member| member.location.clone()),
             path,
         }

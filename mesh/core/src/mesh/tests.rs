@@ -37,6 +37,7 @@ impl Node {
             relays: vec![],
             mtu: MTU,
             routes: vec![],
+            pod_routes: true,
             addresses: vec![],
             seed: [byte; 32],
         };
@@ -104,6 +105,15 @@ fn everyone() -> Vec<Entry> {
         entry(1, 2, "worker-1", "10.98.0.2/32", &[]),
         entry(1, 3, "worker-2", "10.98.0.3/32", &[]),
     ]
+}
+
+/// A node with pods, and what the network says of it at `serial`.
+fn pods(byte: u8, name: &str, cidrs: &[&str], serial: u64) -> Entry {
+    let mut entry = entry(1, byte, name, &format!("10.98.0.{byte}/32"), &[]);
+    let pod_cidrs = cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect();
+    let approval = Approval { pod_cidrs, serial, ..entry.approval.unwrap().get().clone() };
+    entry.approval = Some(approval.sign(&secret(1).identity()));
+    entry
 }
 
 fn relay() -> NodeId {
@@ -445,7 +455,7 @@ fn a_plain_peers_key_that_a_member_shows_becomes_the_members() {
 }
 
 /// An entry of worker-2 as the network's word is changed by `change`.
-fn approved(change: impl FnOnce(&mut crate::node::Approval)) -> Entry {
+fn approved(change: impl FnOnce(&mut Approval)) -> Entry {
     let mut entry = entry(1, 3, "worker-2", "10.98.0.3/32", &[]);
     let mut approval = entry.approval.unwrap().get().clone();
     approval.serial += 1;
@@ -563,4 +573,80 @@ fn an_idle_node_of_a_large_mesh_does_nothing() {
     node.mesh.handle_relay(relay(), true, now);
     assert_eq!(node.drain(now), None, "no timer runs");
     assert!(node.sent.is_empty());
+}
+
+// --- pods ---
+
+#[test]
+fn pods_are_reached_through_their_nodes_unless_somebody_else_carries_them() {
+    let now = Instant::now();
+    let mut node = Node::new(2, "worker-1");
+    let entries =
+        vec![pods(2, "worker-1", &["10.42.2.0/24"], 1), pods(3, "worker-2", &["10.42.3.0/24", "fd00:3::/64"], 1)];
+    node.mesh.handle_snapshot(network(1), entries.clone(), [], now);
+    node.drain(now);
+    let nets = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<IpNet>>();
+    assert_eq!(node.routes, nets(&["10.42.3.0/24", "10.98.0.3/32", "fd00:3::/64"]));
+    assert_eq!(node.mesh.pod_cidrs(), nets(&["10.42.2.0/24"]));
+
+    let mut underlay = Node::new(2, "worker-1");
+    underlay.mesh.own.pod_routes = false;
+    underlay.mesh.handle_snapshot(network(1), entries, [], now);
+    underlay.drain(now);
+    assert_eq!(
+        (&underlay.routes, &underlay.peers[&key(3)].allowed_ips),
+        (&nets(&["10.98.0.3/32"]), &nets(&["10.98.0.3/32"]))
+    );
+    assert_eq!(
+        underlay.mesh.peers(now)[0].pod_cidrs,
+        nets(&["10.42.3.0/24", "fd00:3::/64"]),
+        "whose they are is known"
+    );
+}
+
+#[test]
+fn a_pod_cidr_that_moves_is_never_sent_to_two_and_in_the_end_to_the_right_one_in_whatever_order_it_is_told() {
+    #[derive(Clone)]
+    enum Told {
+        Entry(Entry),
+        Gone(&'static str),
+    }
+    use Told::{Entry as Says, Gone};
+    const CIDR: &str = "10.42.3.0/24";
+    let arrives = pods(4, "worker-3", &[], 2);
+    let gets = pods(4, "worker-3", &[CIDR], 4);
+    let wider = pods(4, "worker-3", &["10.42.0.0/16"], 4);
+    let gives = pods(3, "worker-2", &[], 3);
+    let stories: [Vec<Told>; 3] = [
+        // The node goes, the next one gets its number.
+        vec![Says(arrives.clone()), Gone("worker-2"), Says(gets.clone())],
+        // The node stays and gives it away.
+        vec![Says(arrives.clone()), Says(gives.clone()), Says(gets)],
+        vec![Says(arrives), Says(gives), Says(wider)],
+    ];
+    for (number, story) in stories.into_iter().enumerate() {
+        for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
+            let now = Instant::now();
+            let mut node = Node::new(2, "worker-1");
+            let before = [pods(2, "worker-1", &[], 1), pods(3, "worker-2", &[CIDR], 1)];
+            node.mesh.handle_snapshot(network(1), before, [], now);
+            node.drain(now);
+            let cidr: IpNet = CIDR.parse().unwrap();
+            let carries = |node: &Node| -> Vec<PublicKey> {
+                let leads = |config: &&PeerConfig| config.allowed_ips.iter().any(|net| net.contains(&cidr));
+                node.peers.values().filter(leads).map(|config| config.key).collect()
+            };
+            assert_eq!(carries(&node), [key(3)]);
+            for step in order {
+                match story[step].clone() {
+                    Says(entry) => node.mesh.handle_entry(entry, now),
+                    Gone(name) => node.mesh.handle_removed(&name.parse().unwrap(), now),
+                }
+                node.drain(now);
+                assert!(carries(&node).len() <= 1, "story {number}, {order:?}");
+            }
+            assert_eq!(carries(&node), [key(4)], "story {number}, {order:?}");
+            assert_eq!(node.routes.iter().filter(|net| net.contains(&cidr)).count(), 1);
+        }
+    }
 }

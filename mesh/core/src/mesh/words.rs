@@ -28,6 +28,8 @@ pub struct Own {
     pub mtu: u16,
     /// Networks behind this node for which it asks to be the way.
     pub routes: Vec<IpNet>,
+    /// Whether packets to pods go through the mesh; otherwise another pod network carries them.
+    pub pod_routes: bool,
     /// Addresses on the interface beside those of the network, for plain peers.
     pub addresses: Vec<IpNet>,
     /// Fresh randomness of this start of the daemon.
@@ -110,6 +112,8 @@ pub struct PeerStatus {
     pub addresses: Vec<IpNet>,
     /// Networks behind it.
     pub routes: Vec<IpNet>,
+    /// Networks of its pods.
+    pub pod_cidrs: Vec<IpNet>,
     /// Where people say that it stands.
     pub location: Option<Location>,
     /// Its path.

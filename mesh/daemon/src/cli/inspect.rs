@@ -62,6 +62,9 @@ fn head(status: &Status) -> String {
                 if node.endpoints.is_empty() { String::new() } else { format!("; {}", node.endpoints.join(", ")) }
             ),
         );
+        if !node.pod_cidrs.is_empty() {
+            fact("pods", words(&node.pod_cidrs));
+        }
         fact("registry", registry(&status.registry));
     }
     for relay in &status.relays {
@@ -115,13 +118,16 @@ fn plain_table(peers: &[PlainPeer]) -> String {
     if peers.is_empty() {
         return String::new();
     }
-    let words = |nets: &[IpNet]| nets.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
     let row = |peer: &PlainPeer| {
         let address = peer.addresses.first().map_or_else(|| "-".to_owned(), |net| net.addr().to_string());
         vec![peer.name.to_string(), address, peer.served_by.to_string(), words(&peer.routes)]
     };
     let rows: Vec<Vec<String>> = peers.iter().map(row).collect();
     format!("\n{}", table(&["PLAIN PEER", "ADDRESS", "SERVED BY", "ROUTES"], &rows))
+}
+
+fn words(nets: &[IpNet]) -> String {
+    nets.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
 }
 
 fn row(peer: &Peer) -> Vec<String> {
@@ -160,6 +166,7 @@ mod tests {
             "home, control plane  10.98.0.1",
             "  approval   approved",
             "  location   home/attic",
+            "  pods       10.42.0.0/24",
             "  registry   embedded, current",
             "  faults     1, first worker-odd: broken",
             "PLAIN PEER  ADDRESS    SERVED BY  ROUTES",

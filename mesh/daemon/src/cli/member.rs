@@ -94,10 +94,15 @@ pub(super) async fn remove(places: &Places, name: keystone_mesh_core::node::Node
     print(&format!("node `{name}` is removed; its addresses rest for a day before another node gets them\n"))
 }
 
-pub(super) async fn leave(places: &Places, interface: &str, force: bool) -> anyhow::Result<()> {
+pub(super) async fn leave(
+    places: &Places,
+    interface: &str,
+    cni_conf_dir: &std::path::Path,
+    force: bool,
+) -> anyhow::Result<()> {
     let asked = control::ask(&places.socket(), &Request::Leave { force }).await;
     if matches!(asked, Err(ControlError::NotRunning { .. })) {
-        daemon::leave_offline(places, interface, force).await?;
+        daemon::leave_offline(places, interface, cni_conf_dir, force).await?;
     } else {
         asked?;
     }

@@ -18,6 +18,8 @@ use super::saver::Saver;
 use super::uplink::Uplink;
 use super::{End, Local, Start, hints, report};
 use crate::clock::unix_now_ms;
+use crate::cni::facts::FactsFile;
+use crate::cni::installer::Installer;
 use crate::config::Config;
 use crate::control::{Answer, Call, Request};
 use crate::dataplane::DataEvent;
@@ -76,6 +78,8 @@ pub(super) struct Driver {
     published: Option<NodeRecord>,
     timeout: Option<Instant>,
     saver: Option<Saver>,
+    pub(super) pods: Pods,
+    facts_due: bool,
     dirty: bool,
     pub(super) counts: Counts,
     service: Option<(Vec<IpAddr>, Service)>,
@@ -83,8 +87,24 @@ pub(super) struct Driver {
     service_addresses: Vec<IpAddr>,
 }
 
+/// What the daemon does for pods.
+pub(super) struct Pods {
+    /// What they have to know of this node.
+    pub(super) facts: FactsFile,
+    /// The CNI directories' keeper, where there is one.
+    pub(super) installer: Option<Installer>,
+}
+
 impl Driver {
-    pub(super) fn new(start: Start, config: Config, mesh: Mesh, local: Local, uplink: Uplink, keeper: Keeper) -> Self {
+    pub(super) fn new(
+        start: Start,
+        config: Config,
+        mesh: Mesh,
+        local: Local,
+        uplink: Uplink,
+        keeper: Keeper,
+        pods: Pods,
+    ) -> Self {
         let endpoints = config.plain_peers.iter().filter_map(|p| Some((p.config.key, p.endpoint.clone()?))).collect();
         let (names, wanted) = watch::channel(Vec::new());
         let (resolved, _) = addresses::start(config.endpoints.clone(), endpoints, wanted);
@@ -111,6 +131,8 @@ impl Driver {
             published: None,
             timeout: None,
             saver,
+            pods,
+            facts_due: true,
             dirty: false,
             counts: Counts::default(),
             service: None,
@@ -177,7 +199,7 @@ impl Driver {
                 event = self.keeper.next() => match event {
                     KeeperEvent::HostAddresses(addresses) => self.host_addresses(addresses),
                     KeeperEvent::Applied => {
-                        self.kernel_up = true;
+                        (self.kernel_up, self.facts_due) = (true, true);
                         self.restart_service();
                     }
                 },
@@ -190,6 +212,7 @@ impl Driver {
                 if self.sample(now) {
                     quiet_at = now + QUIET_AFTER;
                 }
+                self.tell_facts(now);
                 sample_at = now + if now < quiet_at { SAMPLE } else { SAMPLE_QUIET };
             }
             if self.timeout.is_some_and(|at| now >= at) {
@@ -396,7 +419,10 @@ impl Driver {
     fn drain(&mut self, now: Instant) {
         loop {
             match self.mesh.poll_output(now) {
-                Output::Peers(ops) => self.local.plane.apply(&ops),
+                Output::Peers(ops) => {
+                    self.facts_due = true;
+                    self.local.plane.apply(&ops);
+                }
                 Output::Kernel { addresses, routes } => self.set_kernel(addresses, &routes),
                 Output::Relays(relays) => {
                     self.uplink.relays.set_relays(&relays);
@@ -408,6 +434,7 @@ impl Driver {
                 }
                 Output::Names(names) => drop(self.names.send_replace(names.into_iter().collect())),
                 Output::SetPath { peer, via } => {
+                    self.facts_due = true;
                     self.counts.path_changes += 1;
                     // False: the peer went in the same breath, and its removal is the next output.
                     tracing::debug!(%peer, via = via.map(tracing::field::display), "path");
@@ -419,7 +446,7 @@ impl Driver {
                     self.send_probe(to, via, &bytes);
                 }
                 Output::Publish(record) => self.publish(record),
-                Output::Save => self.dirty = true,
+                Output::Save => (self.dirty, self.facts_due) = (true, true),
                 Output::Timeout { at, .. } => {
                     self.timeout = Some(at);
                     break;
@@ -440,6 +467,14 @@ impl Driver {
         let routes = routes.iter().map(|dst| Route { dst: *dst, mtu: None }).collect();
         self.keeper.set_desired(Desired { mtu: self.config.mtu.into(), up: true, addresses, routes, rule: true });
         self.listen_for_status();
+    }
+
+    /// At most once for each sample: a mesh that starts changes a thousand paths in a second.
+    fn tell_facts(&mut self, now: Instant) {
+        if std::mem::take(&mut self.facts_due) || self.pods.facts.again_at().is_some_and(|at| now >= at) {
+            let status = report::status(self, now);
+            self.pods.facts.update(&status, now);
+        }
     }
 
     fn listen_for_status(&self) {

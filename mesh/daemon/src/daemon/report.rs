@@ -10,6 +10,7 @@ use keystone_mesh_core::plain_peer::SignedPlainPeer;
 use keystone_mesh_core::{NodeId, PublicKey, Via};
 
 use super::driver::{Driver, RegistryState};
+use crate::cni::installer::Installer;
 use crate::dataplane::{PeerStats, Stats};
 use crate::quic::relay_client::RelayState;
 use crate::registry::{Faults, MAX_FAULTS};
@@ -25,6 +26,7 @@ pub(super) fn status(driver: &Driver, now: Instant) -> Status {
     let peers = peers.map(|peer| describe_peer(driver, &peer, counted.get(&peer.key).copied(), now)).collect();
     let mut warnings = driver.keeper.warnings();
     warnings.extend(driver.uplink.registry.iter().flat_map(|registry| registry.warnings()));
+    warnings.extend(driver.pods.installer.iter().flat_map(Installer::problems));
     warnings.extend(driver.mesh.unapproved_routes().map(|route| {
         format!(
             "the route to {route} is asked for and not approved; leave and join again with a token made with `token create \
@@ -60,6 +62,8 @@ fn node(driver: &Driver, now: Instant) -> Node {
         identity: driver.start.secret.identity().id(),
         public_key: driver.local.public_key,
         addresses: driver.mesh.addresses(),
+        pod_cidrs: driver.mesh.pod_cidrs().to_vec(),
+        mesh_cidrs: driver.mesh.known().0.map(|network| network.prefixes().to_vec()).unwrap_or_default(),
         control_plane: membership.is_some_and(|membership| membership.control_plane),
         approval,
         approval_reason,
@@ -182,6 +186,7 @@ fn describe_peer(driver: &Driver, peer: &PeerStatus, counted: Option<&PeerStats>
         public_key: peer.key,
         addresses: peer.addresses.clone(),
         routes: peer.routes.clone(),
+        pod_cidrs: peer.pod_cidrs.clone(),
         location: peer.location.clone(),
         served_by,
         path: path.to_owned(),

@@ -38,6 +38,7 @@ fn node(byte: u8, name: &str, record: impl FnOnce(&mut NodeRecord), approval: im
         identity: secret(byte).identity().id(),
         addresses: vec![format!("10.98.0.{byte}/32").parse().unwrap()],
         routes: vec![],
+        pod_cidrs: vec![],
         endpoints: vec![],
         relays: vec![],
         location: None,

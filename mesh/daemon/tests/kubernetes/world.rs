@@ -70,6 +70,7 @@ pub(crate) fn approval_of(network: &Identity, identity: NodeId, name: &str, host
         identity,
         addresses: vec![format!("10.98.0.{host}/32").parse().unwrap()],
         routes: vec![],
+        pod_cidrs: vec![],
         endpoints: vec![],
         relays: vec![],
         location: None,

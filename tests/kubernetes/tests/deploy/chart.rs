@@ -75,6 +75,17 @@ fn values_reach_what_they_are_for() {
     for argument in ["--approval=auto", "--allowed-routes=192.168.1.0/24,fd00:1::/64", "--node-init"] {
         assert!(arguments.contains(argument), "{arguments}");
     }
+    for part in [
+        r#"{"name":"KEYSTONE_MESH_CNI_MODE","value":"pod-network"}"#,
+        r#"{"name":"KEYSTONE_MESH_CNI_CONF_DIR","value":"/host/cni/net.d"}"#,
+        r#"{"mountPath":"/host/cni/bin","name":"cni-plugins"}"#,
+        r#"{"path":"/var/lib/rancher/k3s/agent/etc/cni/net.d","type":"DirectoryOrCreate"}"#,
+        r#"{"path":"/proc/sys/net","type":"Directory"}"#,
+    ] {
+        assert!(agent.contains(part), "{part} is not in {agent}");
+    }
+    assert!(!agent.contains("KEYSTONE_MESH_POD_ROUTES") && !agent.contains("CNI_FACTS"), "{agent}");
+    assert!(!MANIFESTS.contains("cni"), "without a mode no directory of another network is mounted");
     assert!(find(&home, "Namespace", "keystone-mesh").is_none(), "Helm makes the namespace itself");
 
     let everything = of("everything-values.yaml");
@@ -99,6 +110,14 @@ fn values_reach_what_they_are_for() {
     assert!(spec.to_string().contains("--metrics-listen=[::]:51843") && !spec.to_string().contains("\"host\":"));
     assert_eq!(spec["containers"][0]["image"], format!("registry.example.org:5000/mesh@sha256:{}", "0".repeat(64)));
 
+    let agent = find(&everything, "DaemonSet", "keystone-mesh").unwrap().to_string();
+    assert!(agent.contains(r#"{"name":"KEYSTONE_MESH_POD_ROUTES","value":"true"}"#), "{agent}");
+    assert!(agent.contains(r#"{"name":"KEYSTONE_MESH_CNI_FACTS","value":"/run/mesh/pods.json"}"#), "{agent}");
+    assert!(
+        agent.contains("cni-configurations") && !agent.contains("cni-plugins") && !agent.contains("/proc/sys"),
+        "{agent}"
+    );
+
     let kinds = of("little-values.yaml").iter().map(|object| object["kind"].as_str().unwrap().to_owned()).collect();
     let kinds: std::collections::BTreeSet<String> = kinds;
     let accounts = ["ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding", "ServiceAccount"];
@@ -120,6 +139,9 @@ fn bad_values_are_refused_by_name() {
         ("agent.tokenSeconds=60", "tokenSeconds"),
         ("agent.statusPort=80", "statusPort"),
         ("agent.stateDir=relative", "stateDir"),
+        ("cni.mode=overlay", "mode"),
+        ("cni.confDir=relative", "confDir"),
+        ("cni.podRoutes=maybe", "podRoutes"),
         ("image.digest=sha256:short", "digest"),
     ] {
         let refused = render(helm().unwrap(), &["--set", bad]).unwrap_err().to_string();

@@ -1,0 +1,3 @@
+//! The CNI plugin of Keystone Mesh: gives pods their network.
+
+pub mod facts;

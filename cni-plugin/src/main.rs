@@ -1,0 +1,3 @@
+//! `keystone-cni`: called by the container runtime, once for each verb.
+
+fn main() {}

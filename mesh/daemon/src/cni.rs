@@ -1,0 +1,14 @@
+//! What the daemon does for pods: facts for the plugin, and the plugin's place on the node.
+//!
+//! ```text
+//!   driver ── Status ──► facts ──► /run/keystone-mesh/pods.json ──► keystone-cni, which starts pods
+//!                                        │
+//!                                        └──► installer ──► 10-keystone.conflist, the plugin's program
+//! ```
+//!
+//! Whoever runs the data plane writes the facts. The installer runs where the node's CNI directories are: in the agent's
+//! pod, or in the daemon of a host. It needs nothing but the file, so both are the same code.
+
+pub mod facts;
+pub mod installer;
+pub mod layout;
