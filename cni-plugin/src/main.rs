@@ -1,3 +1,7 @@
 //! `keystone-cni`: called by the container runtime, once for each verb.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    keystone_cni::program::main()
+}
