@@ -167,7 +167,7 @@ impl ClusterNode {
             Path::new(REFERENCE_PLUGINS).is_dir(),
             "the reference network plugins are not installed (package containernetworking-plugins)"
         );
-        self.run("sh", &["-c", &format!("mkdir -p {PLUGINS} && ln -sf {REFERENCE_PLUGINS}/* {PLUGINS}/")]).map(drop)
+        self.run("sh", &["-c", &format!("mkdir -p {PLUGINS} && cp {REFERENCE_PLUGINS}/* {PLUGINS}/")]).map(drop)
     }
 
     /// SIGKILL to the kubelet; its pods go on.

@@ -71,6 +71,9 @@ struct Cli {
     /// kubernetes-e2e: which of Kubernetes' own tests are run
     #[arg(long, value_enum, default_value = "conformance")]
     suite: Suite,
+    /// kubernetes-e2e: the archive that deploy/image/build wrote [default: it is built]
+    #[arg(long, value_name = "PATH")]
+    image: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -106,6 +109,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         idle: cli.idle,
         plugins: cli.plugins,
         suite: cli.suite,
+        image: cli.image,
     };
     let shown = scenario::play(cli.scenario, &options, place)?;
     Ok(if shown { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -113,7 +117,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
 
 /// Runs this program again, with the same arguments, where nothing can be left behind.
 fn enter_sandbox(cli: &Cli) -> Result<ExitCode> {
-    cli.scenario.prepare(cli.plugins)?;
+    cli.scenario.prepare(cli.plugins, cli.image.as_deref())?;
     let arguments: Vec<OsString> = env::args_os().skip(1).collect();
     let status = Sandbox::enter(arguments)?.wait_or_interrupt();
     if matches!(cli.scenario, Scenario::Kubernetes | Scenario::KubernetesE2e) {

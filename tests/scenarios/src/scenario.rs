@@ -12,7 +12,7 @@ mod outage;
 mod spread;
 mod stage;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -67,7 +67,7 @@ impl Scenario {
     }
 
     /// Says, before anything is touched, what is missing on this machine; installs what Debian has.
-    pub(crate) fn prepare(self, plugins: Plugins) -> Result<()> {
+    pub(crate) fn prepare(self, plugins: Plugins, image: Option<&Path>) -> Result<()> {
         let tests = [NODE_TOOLS, TEST_TOOLS].concat();
         let further = match self {
             Self::BenchPeers => preflight::PEER_TOOLS,
@@ -81,7 +81,7 @@ impl Scenario {
             Self::KubernetesE2e => {
                 Assets::find_for_cluster()?;
                 Assets::find_tests()?;
-                conformance::prepare(plugins)?;
+                conformance::prepare(plugins, image)?;
             }
             Self::KubernetesScale => Assets::find().map(drop)?,
             Self::HomeAndCloud | Self::Joins | Self::Outage | Self::BenchPeers | Self::Nats => {}
@@ -121,6 +121,8 @@ pub(crate) struct Options {
     pub(crate) plugins: Plugins,
     /// Which tests [`Scenario::KubernetesE2e`] runs.
     pub(crate) suite: Suite,
+    /// Where the image of [`Scenario::KubernetesE2e`] is; None where it was built for it.
+    pub(crate) image: Option<PathBuf>,
 }
 
 /// Plays `scenario` inside the sandbox. False if something that it shows is not so, which has then been said.
@@ -140,7 +142,7 @@ pub(crate) fn play(scenario: Scenario, options: &Options, place: Place) -> Resul
         Scenario::Joins => joins::play(&mut stage, &mut story, options.joins),
         Scenario::Outage => outage::play(&mut stage, &mut story, options.duration),
         Scenario::Kubernetes => kubernetes::play(&mut stage, &mut story),
-        Scenario::KubernetesE2e => conformance::play(&mut stage, &mut story, options.plugins, options.suite),
+        Scenario::KubernetesE2e => conformance::play(&mut stage, &mut story, options),
         Scenario::KubernetesScale => kubernetes::scale::play(&mut stage, &mut story, options),
         Scenario::BenchPeers => bench_peers::play(&mut stage, &mut story, options),
         Scenario::Nats => nats::play(&mut stage, &mut story),

@@ -7,6 +7,7 @@ mod mesh;
 mod reference;
 mod transfers;
 
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::Result;
@@ -16,6 +17,7 @@ use serde_json::{Value, json};
 
 use self::claims::Probes;
 use self::transfers::{Files, Website, kubectl_reaches_pods};
+use super::Options;
 use super::stage::Stage;
 use crate::story::{Story, millis};
 
@@ -40,20 +42,24 @@ pub(crate) enum Suite {
 }
 
 /// What has to be there before the sandbox is entered.
-pub(super) fn prepare(plugins: Plugins) -> Result<()> {
+pub(super) fn prepare(plugins: Plugins, image: Option<&Path>) -> Result<()> {
     match plugins {
-        Plugins::Keystone => mesh::build_image(),
-        Plugins::Reference => Ok(()),
+        Plugins::Keystone if image.is_none() => mesh::build_image(),
+        Plugins::Keystone | Plugins::Reference => Ok(()),
     }
 }
 
-pub(super) fn play(stage: &mut Stage, story: &mut Story, plugins: Plugins, suite: Suite) -> Result<Value> {
+pub(super) fn play(stage: &mut Stage, story: &mut Story, options: &Options) -> Result<Value> {
+    let Options { plugins, suite, .. } = *options;
     let start = Instant::now();
     let (mut cluster, _mesh) = match plugins {
-        Plugins::Keystone => mesh::start(stage, story).map(|(cluster, mesh)| (cluster, Some(mesh)))?,
+        Plugins::Keystone => {
+            mesh::start(stage, story, options.image.as_deref()).map(|(cluster, mesh)| (cluster, Some(mesh)))?
+        }
         Plugins::Reference => (reference::start(stage, story)?, None),
     };
     cluster.wait_ready(story)?;
+    cluster.wait_untainted(story)?;
     cluster.start_dns(story)?;
     let ready = start.elapsed();
 

@@ -91,6 +91,8 @@ impl Cluster {
             },
         );
         let mut node = node?;
+        // As every installation of Kubernetes has them beside the pod network's own: loopback and portmap.
+        node.install_reference_plugins()?;
         for image in self.images.iter().map(PathBuf::as_path).chain(images.iter().copied()) {
             node.import(image)?;
         }
@@ -116,8 +118,21 @@ impl Cluster {
             self.check_alive()?;
             Ok((self.server.kubectl(&["get", "nodes", "--output", condition])? == all_true).then_some(()))
         })
-        .with_context(|| self.server.kubectl(&["describe", "nodes"]).unwrap_or_default())?;
+        .with_context(|| self.conditions())?;
         story.check(true, "all nodes become Ready", &format!("after {}", millis(start.elapsed())));
+        Ok(())
+    }
+
+    /// Waits until no node keeps pods away: not for want of a network, nor of a mesh that reaches it.
+    pub(super) fn wait_untainted(&mut self, story: &mut Story) -> Result<()> {
+        let start = Instant::now();
+        let taints = "jsonpath={.items[*].spec.taints[*].key}";
+        wait::until("no node is tainted", PATIENCE, POLL, || {
+            self.check_alive()?;
+            Ok(self.server.kubectl(&["get", "nodes", "--output", taints])?.trim().is_empty().then_some(()))
+        })
+        .with_context(|| self.conditions())?;
+        story.check(true, "every node's startup taint is lifted", &format!("after {}", millis(start.elapsed())));
         Ok(())
     }
 
@@ -142,6 +157,12 @@ impl Cluster {
             let describe = of_all(&["describe", "pods"]).unwrap_or_default();
             describe + &of_all(&["logs", what, "--tail=10", "--all-pods", "--prefix"]).unwrap_or_default()
         })
+    }
+
+    /// What every node says of itself, for an error.
+    fn conditions(&self) -> String {
+        let print = "jsonpath={range .items[*]}{.metadata.name}{range .status.conditions[*]}, {.type}: {.status} ({.message}){end}{\"\\n\"}{end}";
+        self.server.kubectl(&["get", "nodes", "--output", print]).unwrap_or_default()
     }
 
     /// The objects of a kind, as `kubectl get --output json` gives them.

@@ -45,7 +45,8 @@ pub(super) fn build_image() -> Result<()> {
     fs::write(folder.join("archive"), archive.trim()).context("note where the image is")
 }
 
-fn image() -> Result<PathBuf> {
+/// Where [`build_image`] wrote it.
+fn built_image() -> Result<PathBuf> {
     fs::read_to_string(image_folder()?.join("archive")).map(PathBuf::from).context("find the image that was built")
 }
 
@@ -53,12 +54,12 @@ fn image() -> Result<PathBuf> {
 fn image_folder() -> Result<PathBuf> {
     let program = env::current_exe().context("find the path of this program")?;
     let target = program.parent().and_then(Path::parent).context("this program is in a folder of cargo's")?;
-    let folder = target.join("tmp/image");
+    let folder = target.join("tmp/e2e-image");
     fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
     Ok(folder)
 }
 
-pub(super) fn start(stage: &mut Stage, story: &mut Story) -> Result<(Cluster, ControlPlane)> {
+pub(super) fn start(stage: &mut Stage, story: &mut Story, image: Option<&Path>) -> Result<(Cluster, ControlPlane)> {
     story.chapter("The network");
     let founders = stage.founders()?;
     let workers = [
@@ -76,9 +77,9 @@ pub(super) fn start(stage: &mut Stage, story: &mut Story) -> Result<(Cluster, Co
     let kubeconfig = home.host().folder()?.join("admin.kubeconfig");
     cluster.server.admin().write_kubeconfig(&kubeconfig)?;
     let kubeconfig = kubeconfig.to_str().context("the scratch folder is UTF-8")?;
-    mesh.begin(story, &["--registry", "kubernetes", "--kubeconfig", kubeconfig])?;
+    mesh.begin(story, &["--registry", "kubernetes", "--kubeconfig", kubeconfig, "--status-listen", "51842"])?;
     ensure!(mesh.home_v4 == HOME, "home has {} and not the first address of the mesh", mesh.home_v4);
-    let image = image()?;
+    let image = image.map_or_else(built_image, |image| Ok(image.to_owned()))?;
     cluster.add(story, machine(&home)?, &[&image])?;
     cluster.server.kubectl(&["label", "node", "home", "node-role.kubernetes.io/control-plane="])?;
 
@@ -103,6 +104,7 @@ fn install_chart(cluster: &Cluster, mesh: &ControlPlane) -> Result<()> {
     for value in [
         "namespace.create=true",
         "image.pullPolicy=Never",
+        "cni.mode=pod-network",
         &format!("networkKey={}", mesh.network),
         &format!("apiServer.host={HOME}"),
         "controller.replicas=1",

@@ -51,7 +51,6 @@ fn carry_pods(member: &Member, all: &[Member]) -> Result<()> {
             member.node.run("ip", &["route", "replace", pods, "via", &via.to_string(), "dev", "eth0"])?;
         }
     }
-    member.node.install_reference_plugins()?;
     let path = Path::new("/etc/cni/net.d/10-reference.conflist");
     member.node.write_file(path, &conflist(&member.pods).to_string())
 }
