@@ -3,6 +3,8 @@
 use std::io;
 use std::net::IpAddr;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
@@ -23,6 +25,12 @@ pub use read::{FoundRoute, Link};
 
 /// The kernel's flag for "make it, and fail where it exists".
 const MAKE: u16 = NLM_F_CREATE | NLM_F_EXCL;
+
+/// The kernel settles within microseconds, or within a second where many links change at once (linkwatch of net/core).
+const SETTLE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long to wait before it is asked again: about what a worker of the kernel takes to be run.
+const SETTLE_INTERVAL: Duration = Duration::from_micros(250);
 
 /// The host's network, and a pod's where there is one.
 #[derive(Debug)]
@@ -84,6 +92,33 @@ impl Kernel {
         Ok(())
     }
 
+    /// A link's state: Linux 6.9 and later answer the question only when it is settled; older ones are asked again. An IPv6
+    /// address's: its entry in the local table is made by a worker (addrconf_dad_work), without detection of duplicates too.
+    ///
+    /// What does not settle in time is not refused: what is wrong with it shows in CHECK and readiness probes.
+    fn settle(&mut self, addresses: &[IpAddr]) -> std::result::Result<(), Refusal> {
+        let (host, pod) = (self.host_index, self.pod_index);
+        let deadline = Instant::now() + SETTLE_PATIENCE;
+        while !(read::carries(&mut self.host, host)? && self.pod_answers(pod, addresses)?) && Instant::now() < deadline
+        {
+            thread::sleep(SETTLE_INTERVAL);
+        }
+        Ok(())
+    }
+
+    fn pod_answers(&mut self, index: u32, addresses: &[IpAddr]) -> std::result::Result<bool, Refusal> {
+        let socket = &mut self.pod()?.socket;
+        if !read::carries(socket, index)? {
+            return Ok(false);
+        }
+        for address in addresses.iter().filter(|address| address.is_ipv6()) {
+            if !read::is_local(socket, *address)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     fn carry_out(&mut self, step: &Step) -> std::result::Result<(), Refusal> {
         let (host, pod) = (self.host_index, self.pod_index);
         match step {
@@ -109,6 +144,7 @@ impl Kernel {
             }
             Step::HostNeighbour(address, mac) => self.host.change(message::neighbour(host, *address, *mac), MAKE),
             Step::HostRoute(address) => self.host.change(message::route_to(host, *address), MAKE),
+            Step::Settle(addresses) => self.settle(addresses),
         }
     }
 

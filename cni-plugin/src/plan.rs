@@ -65,6 +65,9 @@ pub enum Step {
     HostNeighbour(IpAddr, Mac),
     /// The host sends this to the pod.
     HostRoute(IpAddr),
+    /// Both ends carry packets, and the pod answers for its addresses. The kernel arranges either some time after it was
+    /// asked, and drops what comes before.
+    Settle(Vec<IpAddr>),
 }
 
 /// A pair of interfaces.
@@ -136,7 +139,8 @@ impl Step {
             | Self::PodGateway(_)
             | Self::PodRoute(_)
             | Self::HostNeighbour(..)
-            | Self::HostRoute(_) => Inverse::Nothing,
+            | Self::HostRoute(_)
+            | Self::Settle(_) => Inverse::Nothing,
         }
     }
 
@@ -154,6 +158,7 @@ impl Step {
             Self::PodRoute(to) => format!("give the pod a route to {to}"),
             Self::HostNeighbour(address, _) => format!("tell the host where {address} is"),
             Self::HostRoute(address) => format!("give the host a route to {address}"),
+            Self::Settle(_) => "wait until both ends carry packets".into(),
         }
     }
 }
@@ -212,6 +217,7 @@ impl Wanted {
         steps.extend(self.pod_routes().map(Step::PodRoute));
         steps.extend(self.addresses.iter().map(|address| Step::HostNeighbour(*address, self.mac)));
         steps.extend(self.addresses.iter().copied().map(Step::HostRoute));
+        steps.push(Step::Settle(self.addresses.clone()));
         Ok(Plan { steps })
     }
 

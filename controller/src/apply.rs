@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::{ConfigMap, Taint};
+use keystone_mesh_api::errors::words;
 use keystone_mesh_api::{CONTROLLER_MANAGER, JoinToken, LEDGER_LABEL, LEDGER_PREFIX, Member, Peer};
 use keystone_mesh_core::annotations::{self, Writer};
 use keystone_mesh_core::directory::Carrier;
@@ -104,10 +105,9 @@ impl Applier {
                 Ok(Some(Object::Token(Box::new(token))))
             }
             Effect::NodeConditions { target, conditions } => {
-                let patch = json!({"metadata": {"uid": target.uid}, "status": {"conditions": conditions}});
-                let patched =
-                    self.nodes().patch_status(target.name.as_str(), &ours(), &Patch::Strategic(patch)).await?;
-                Ok(Some(node(patched)))
+                let patch = identified::<SlimNode>(&target, json!({"status": {"conditions": conditions}}));
+                let patch = Patch::Apply(patch);
+                Ok(Some(node(self.nodes().patch_status(target.name.as_str(), &ours().force(), &patch).await?)))
             }
             Effect::NodeTaints { target, seen, wanted } => {
                 let patch = json_patch(taints_patch(&target.uid, &seen, &wanted));
@@ -248,7 +248,7 @@ fn taints_patch(uid: &str, seen: &[Taint], wanted: &[Taint]) -> Value {
 
 fn judge(error: &kube::Error) -> Applied {
     let kube::Error::Api(status) = error else {
-        return Applied::failed(Outcome::Failed, error.to_string(), None);
+        return Applied::failed(Outcome::Failed, words(error), None);
     };
     let outcome = match status.code {
         404 => Outcome::Gone,

@@ -38,6 +38,8 @@ const FINISH: Duration = Duration::from_secs(3);
 const REPORTERS: Duration = Duration::from_secs(1);
 /// A conflict so many times in a row, over some seconds, is no coincidence.
 const FOUGHT: u32 = 8;
+/// A write to no effect so many times in a row is not just seen late.
+const FOUGHT_FOR_NOTHING: u32 = 3;
 
 /// What the loop is connected to.
 pub struct Wiring {
@@ -107,6 +109,8 @@ impl Driver {
         self.handle_leadership(*leads.borrow_and_update());
         loop {
             self.wiring.health.handle_turn(self.wiring.index.view().is_complete());
+            let led = self.wiring.leadership.sights().borrow().is_some_and(|sight| sight.led);
+            self.wiring.metrics.leader_seen.set(led.into());
             let wake_at = self.wake_at();
             let input = tokio::select! {
                 update = self.wiring.updates.recv() => Input::Update(update),
@@ -190,7 +194,7 @@ impl Driver {
         if let Some(code) = code {
             metrics.api_errors.get_or_create(&ErrorLabels { during: "write", code: code.to_string() }).inc();
         }
-        let failures = self.queue.handle_outcome(&part, outcome, Instant::now());
+        let failures = self.queue.handle_outcome(&action.effect, outcome, Instant::now());
         let (kind, name, reason) = (part.kind, &part.name, &action.reason);
         match outcome {
             Outcome::Done => {
@@ -220,6 +224,19 @@ impl Driver {
             self.wiring.index.handle_deleted(Kind::LedgerPage, &name, now());
         }
         self.mark();
+    }
+
+    fn say_futile(&self, part: &Part, times: u32) {
+        let labels = ActionLabels { kind: part.kind, result: metrics::FUTILE };
+        self.wiring.metrics.actions.get_or_create(&labels).inc();
+        if times >= FOUGHT_FOR_NOTHING {
+            tracing::warn!(
+                action = part.kind, object = %part.name, times,
+                "the API server says that this is done, and the object stays as it was; do the CRDs fit this version \
+                 (`keystone-controller crds`), and does an admission webhook take something out? Trying again, less and \
+                 less often"
+            );
+        }
     }
 
     fn handle_leadership(&mut self, leads: bool) {
@@ -269,7 +286,9 @@ impl Driver {
         self.wiring.metrics.reconcile_duration.observe(took.as_secs_f64());
         tracing::debug!(actions = decision.actions.len(), ?took, "decided");
         self.show(&decision.gauges);
-        self.queue.handle_decision(decision.actions, began);
+        for (part, times) in self.queue.handle_decision(decision.actions, began) {
+            self.say_futile(&part, times);
+        }
         self.dirty = None;
         self.again_at = decision.again_at.map(|at| began + Duration::from_millis(at.saturating_sub(wall)));
         self.not_before = began + took * SHARE + GATHER;

@@ -13,6 +13,7 @@ use k8s_openapi::api::events::v1::Event as KubeEvent;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use k8s_openapi::jiff::Timestamp;
 use keystone_mesh_api::CONTROLLER_MANAGER;
+use keystone_mesh_api::errors::words;
 use kube::api::{ObjectMeta, Patch, PatchParams, PostParams};
 use kube::{Api, Client};
 use serde_json::json;
@@ -83,7 +84,12 @@ async fn publish(client: Client, instance: String, mut events: mpsc::Receiver<Ev
             published.remove(&digest);
             let code = if let kube::Error::Api(status) = &error { status.code.to_string() } else { "none".into() };
             metrics.api_errors.get_or_create(&ErrorLabels { during: "event", code }).inc();
-            tracing::debug!(%error, reason = event.reason, object = event.name, "an event could not be published");
+            tracing::debug!(
+                error = words(&error),
+                reason = event.reason,
+                object = event.name,
+                "an event could not be published"
+            );
         }
     }
 }

@@ -15,8 +15,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use k8s_openapi::jiff::Timestamp;
+use keystone_mesh_api::errors::words;
 use kube::Api;
 use kube::api::PostParams;
 use tokio::sync::watch;
@@ -30,17 +31,42 @@ pub const RETRY: Duration = Duration::from_secs(2);
 /// An API call about the Lease that takes longer has failed: two of them fit into [`RENEW_DEADLINE`].
 const CALL_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// Whether this replica may write, asked right before every write.
+/// Annotation of the Lease: where the leader serves its metrics, as [`Replica::place`] says.
+const PLACE: &str = "mesh.keystone.cluster/metrics-place";
+/// The same complaint is made again after so long.
+const COMPLAINT: Duration = Duration::from_secs(60);
+
+/// A replica, as the Lease tells of it.
+#[derive(Clone, Debug)]
+pub struct Replica {
+    /// Its name, which no other process has.
+    pub name: String,
+    /// Its port and the network namespace that it is in: of two with the same place only one can have the port. None
+    /// where that is not known, and nobody's business.
+    pub place: Option<String>,
+}
+
+/// What a replica sees of the leader.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sight {
+    /// Whether somebody leads: this replica, or another that renews the Lease.
+    pub led: bool,
+    /// Whether it is another that wants the very port of this replica.
+    pub beside: bool,
+}
+
+/// Whether this replica may write, asked right before every write; and what it sees of the one that may.
 #[derive(Clone, Debug)]
 pub struct Leadership {
     until: Arc<Mutex<Option<Instant>>>,
     changes: watch::Sender<bool>,
+    sights: watch::Sender<Option<Sight>>,
 }
 
 impl Leadership {
     /// Nobody's yet.
     pub fn new() -> Self {
-        Self { until: Arc::default(), changes: watch::Sender::new(false) }
+        Self { until: Arc::default(), changes: watch::Sender::new(false), sights: watch::Sender::new(None) }
     }
 
     /// Whether this replica leads at `now`.
@@ -51,6 +77,11 @@ impl Leadership {
     /// Tells when leadership begins and ends.
     pub fn subscribe(&self) -> watch::Receiver<bool> {
         self.changes.subscribe()
+    }
+
+    /// Tells what is seen of the leader; none before the first look.
+    pub fn sights(&self) -> watch::Receiver<Option<Sight>> {
+        self.sights.subscribe()
     }
 
     fn set(&self, until: Option<Instant>) {
@@ -78,6 +109,7 @@ enum Step {
 #[derive(Debug)]
 struct Election {
     me: String,
+    place: Option<String>,
     /// The Lease as first seen in its present form, and when.
     seen: Option<(Lease, Instant)>,
     /// When the last renewal that succeeded was sent.
@@ -85,8 +117,8 @@ struct Election {
 }
 
 impl Election {
-    fn new(me: String) -> Self {
-        Self { me, seen: None, renewed: None }
+    fn new(Replica { name, place }: Replica) -> Self {
+        Self { me: name, place, seen: None, renewed: None }
     }
 
     /// The Lease was read: none where it does not exist. `wall` is only written for people to read.
@@ -125,12 +157,29 @@ impl Election {
         self.seen.as_ref().and_then(|(lease, _)| holder(lease)).filter(|holder| *holder != self.me)
     }
 
+    /// What there is to see of the leader.
+    fn sight(&self, now: Instant) -> Sight {
+        let other = self.other_holder().and(self.seen.as_ref());
+        let renewed = other.is_some_and(|(lease, since)| now < *since + life(lease));
+        let place = other.and_then(|(lease, _)| lease.metadata.annotations.as_ref()?.get(PLACE));
+        Sight {
+            led: renewed || self.leads_until(now).is_some(),
+            beside: place.is_some() && place == self.place.as_ref(),
+        }
+    }
+
     fn claim(&self, read: Option<&Lease>, wall: Timestamp) -> Lease {
         let old = read.and_then(|lease| lease.spec.clone()).unwrap_or_default();
         let mine = old.holder_identity.as_deref() == Some(&self.me);
         let transitions = old.lease_transitions.unwrap_or(0);
+        let mut metadata = read.map(|lease| lease.metadata.clone()).unwrap_or_default();
+        let annotations = metadata.annotations.get_or_insert_default();
+        match &self.place {
+            Some(place) => drop(annotations.insert(PLACE.to_owned(), place.clone())),
+            None => drop(annotations.remove(PLACE)),
+        }
         Lease {
-            metadata: read.map(|lease| lease.metadata.clone()).unwrap_or_default(),
+            metadata,
             spec: Some(LeaseSpec {
                 acquire_time: if mine { old.acquire_time } else { Some(MicroTime(wall)) },
                 holder_identity: Some(self.me.clone()),
@@ -174,24 +223,27 @@ pub struct Lost {
     pub other: String,
 }
 
-/// Takes part in the election under the name `me` until `stop` says true, then gives the Lease back. Ends with an
+/// Takes part in the election as `me` until `stop` says true, then gives the Lease back. Ends with an
 /// error where another replica took over from this one. While the API server is away leadership lapses, and is taken
 /// up again when it is back and nobody else was faster.
 pub async fn run(
     api: Api<Lease>,
     name: &str,
-    me: String,
+    me: Replica,
     leadership: &Leadership,
     mut stop: watch::Receiver<bool>,
 ) -> Result<(), Lost> {
     let mut election = Election::new(me);
     let mut led = false;
+    let mut complained: Option<(String, Instant)> = None;
     loop {
-        if let Err(error) = attempt(&api, name, &mut election).await {
-            tracing::warn!(%error, lease = name, "the leader lease could not be read or written; trying again");
+        match attempt(&api, name, &mut election).await {
+            Ok(()) => complained = None,
+            Err(error) => complain(name, error.to_string(), &mut complained),
         }
         let until = election.leads_until(Instant::now());
         leadership.set(until);
+        leadership.sights.send_replace(Some(election.sight(Instant::now())));
         match (led, until.is_some()) {
             (false, true) => tracing::info!(lease = name, me = %election.me, "this replica leads"),
             (true, false) => tracing::warn!(lease = name, me = %election.me, "this replica does not lead any longer"),
@@ -220,12 +272,21 @@ pub async fn run(
     Ok(())
 }
 
+/// Says once a minute what is wrong with the Lease, and at once where that changes.
+fn complain(lease: &str, error: String, complained: &mut Option<(String, Instant)>) {
+    if complained.as_ref().is_some_and(|(said, at)| *said == error && at.elapsed() < COMPLAINT) {
+        return;
+    }
+    tracing::warn!(error, lease, "the leader lease could not be read or written; trying again");
+    *complained = Some((error, Instant::now()));
+}
+
 async fn attempt(api: &Api<Lease>, name: &str, election: &mut Election) -> Result<(), CallError> {
     let lease = call(api.get_opt(name)).await?;
     let Step::Write(mut lease) = election.handle_read(lease, Instant::now(), Timestamp::now()) else { return Ok(()) };
     let sent = Instant::now();
     let written = if lease.metadata.resource_version.is_none() {
-        lease.metadata = ObjectMeta { name: Some(name.to_owned()), ..ObjectMeta::default() };
+        lease.metadata.name = Some(name.to_owned());
         call(api.create(&PostParams::default(), &lease)).await
     } else {
         call(api.replace(name, &PostParams::default(), &lease)).await
@@ -243,7 +304,7 @@ async fn attempt(api: &Api<Lease>, name: &str, election: &mut Election) -> Resul
 enum CallError {
     #[error("no answer within {CALL_TIMEOUT:?}")]
     Timeout,
-    #[error(transparent)]
+    #[error("{}", words(.0))]
     Api(kube::Error),
 }
 
@@ -286,7 +347,11 @@ mod tests {
     }
 
     fn start() -> (Server, Election, Election, Instant) {
-        (Server::default(), Election::new("a".into()), Election::new("b".into()), Instant::now())
+        (Server::default(), election("a", "host 1"), election("b", "host 1"), Instant::now())
+    }
+
+    fn election(name: &str, place: &str) -> Election {
+        Election::new(Replica { name: name.into(), place: Some(place.into()) })
     }
 
     #[test]
@@ -359,6 +424,27 @@ mod tests {
         assert!(!server.attempt(&mut a, late));
         assert_eq!(a.other_holder(), Some("b"));
         assert_eq!(a.release(Timestamp::UNIX_EPOCH), None);
+    }
+
+    #[test]
+    fn a_replica_that_waits_sees_whether_somebody_leads_and_where() {
+        let (mut server, mut a, mut b, t) = start();
+        let mut elsewhere = election("c", "host 2");
+        assert!(server.attempt(&mut a, t));
+        assert_eq!(a.sight(t), Sight { led: true, beside: false });
+        assert!(!server.attempt(&mut b, t) && !server.attempt(&mut elsewhere, t));
+        assert_eq!(b.sight(t), Sight { led: true, beside: true });
+        assert_eq!(elsewhere.sight(t), Sight { led: true, beside: false });
+        // The leader is dead: it leads no longer, and its port is left to whoever follows.
+        let late = t + DURATION;
+        assert_eq!(b.sight(late), Sight { led: false, beside: true });
+        assert!(server.attempt(&mut elsewhere, late) && !server.attempt(&mut b, late));
+        assert_eq!(b.sight(late), Sight { led: true, beside: false });
+        // One of before there was a place.
+        server.lease.as_mut().unwrap().metadata.annotations = None;
+        let mut fresh = election("d", "host 2");
+        assert!(!server.attempt(&mut fresh, late));
+        assert_eq!(fresh.sight(late), Sight { led: true, beside: false });
     }
 
     #[test]

@@ -12,6 +12,9 @@ use prometheus_client::registry::{Metric, Registry};
 /// Before every name.
 pub const PREFIX: &str = "keystone_controller";
 
+/// The result of a write that was done and changed nothing; it is counted as done, too.
+pub const FUTILE: &str = "futile";
+
 /// A label of one name.
 macro_rules! label {
     ($(#[$doc:meta])* $type:ident { $field:ident }) => {
@@ -49,7 +52,7 @@ label!(
 pub struct ActionLabels {
     /// The kind.
     pub kind: &'static str,
-    /// `done`, `conflict`, `gone`, `refused`, `failed` or `dropped`.
+    /// `done`, `conflict`, `gone`, `refused`, `failed`, `dropped` or [`FUTILE`].
     pub result: &'static str,
 }
 
@@ -117,6 +120,8 @@ pub struct Metrics {
     pub api_errors: Family<ErrorLabels, Counter>,
     /// Whether this replica leads.
     pub leader: Gauge,
+    /// Whether somebody leads, as this replica sees it.
+    pub leader_seen: Gauge,
     /// Questions to reporters by result.
     pub polls: Family<PollLabels, Counter>,
     /// When each reporter last answered.
@@ -144,6 +149,7 @@ impl Default for Metrics {
             in_flight: Gauge::default(),
             api_errors: Family::default(),
             leader: Gauge::default(),
+            leader_seen: Gauge::default(),
             polls: Family::default(),
             last_report: Family::default(),
         }
@@ -176,7 +182,7 @@ impl Metrics {
         );
         table.counter(
             "actions",
-            "Writes that were decided, by kind and by result: done, conflict, gone, refused, failed or dropped",
+            "Writes that were decided, by kind and by result: done, conflict, gone, refused, failed or dropped; futile are those of done that changed nothing",
             &self.actions,
         );
         table.histogram("write_duration_seconds", "How long the API server took for a write", &self.write_duration);
@@ -188,6 +194,11 @@ impl Metrics {
             &self.api_errors,
         );
         table.gauge("leader", "1 on the replica that leads", &self.leader);
+        table.gauge(
+            "leader_seen",
+            "1 where this replica leads or sees that another one renews the Lease",
+            &self.leader_seen,
+        );
         table.counter(
             "report_polls",
             "Questions to reporting nodes by result: ok, timeout, refused or malformed",

@@ -2,7 +2,8 @@
 //!
 //! Every decision replaces what waited, so the newest wins and nothing outdated is ever sent. Of each part of an object
 //! (its approval, its taints, its status) one write at most is under way; until its answer was seen nothing is decided
-//! about that part, for the view may be behind. What failed rests, longer each time.
+//! about that part, for the view may be behind. What failed rests, longer each time; so does what was done and is
+//! wanted again at once, for then the write had no effect.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
@@ -84,6 +85,10 @@ impl Outcome {
     }
 }
 
+/// Pauses after a write that was done and changed nothing. The first is short, for the watch may just be behind (a
+/// deletion is answered before it is seen); the longest are for an API server that leaves something out.
+const FUTILE: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(300));
+
 #[derive(Clone, Copy, Debug)]
 struct Rest {
     until: Instant,
@@ -96,19 +101,27 @@ pub struct Queue {
     waiting: VecDeque<Action>,
     busy: BTreeSet<Part>,
     resting: BTreeMap<Part, Rest>,
+    /// What was done since the last decision, and how often before in a row it came to nothing.
+    done: BTreeMap<Part, (Effect, u32)>,
     /// When the first of the parts that rested at the last decision has done so.
     rested_at: Option<Instant>,
 }
 
 impl Queue {
-    /// A decision was made: it replaces what waited.
-    pub fn handle_decision(&mut self, actions: Vec<Action>, now: Instant) {
-        let mut wanted = BTreeSet::new();
+    /// A decision was made: it replaces what waited. Returns which parts were written since the last one to no effect,
+    /// for the very same is wanted again, and how many times in a row.
+    pub fn handle_decision(&mut self, actions: Vec<Action>, now: Instant) -> Vec<(Part, u32)> {
+        let (mut wanted, mut futile) = (BTreeSet::new(), Vec::new());
+        let mut done = std::mem::take(&mut self.done);
         self.clear();
         for action in actions {
             let part = Part::of(&action.effect);
             if self.busy.contains(&part) || !wanted.insert(part.clone()) {
                 continue;
+            }
+            if let Some((_, failures)) = done.remove(&part).filter(|(before, _)| action.effect.asks_the_same_as(before))
+            {
+                futile.push((part.clone(), self.rest(&part, failures, FUTILE, now)));
             }
             match self.resting.get(&part).map(|rest| rest.until).filter(|until| now < *until) {
                 Some(until) => self.rested_at = Some(self.rested_at.map_or(until, |first| first.min(until))),
@@ -117,6 +130,7 @@ impl Queue {
         }
         // What nobody wants any longer is forgiven.
         self.resting.retain(|part, rest| now < rest.until || wanted.contains(part) || self.busy.contains(part));
+        futile
     }
 
     /// The next write to send, which is under way from here on.
@@ -131,13 +145,21 @@ impl Queue {
 
     /// A write ended. What the answer says must be in the view before the next decision. Returns how many times in a
     /// row it came to nothing.
-    pub fn handle_outcome(&mut self, part: &Part, outcome: Outcome, now: Instant) -> u32 {
-        self.busy.remove(part);
-        let Some((first, longest)) = outcome.pauses() else {
-            self.resting.remove(part);
-            return 0;
-        };
-        let failures = self.resting.get(part).map_or(0, |rest| rest.failures);
+    pub fn handle_outcome(&mut self, effect: &Effect, outcome: Outcome, now: Instant) -> u32 {
+        let part = Part::of(effect);
+        self.busy.remove(&part);
+        let failures = self.resting.remove(&part).map_or(0, |rest| rest.failures);
+        if let Some(pauses) = outcome.pauses() {
+            return self.rest(&part, failures, pauses, now);
+        }
+        if outcome == Outcome::Done {
+            self.done.insert(part, (effect.clone(), failures));
+        }
+        0
+    }
+
+    /// A part rests, once more. Returns how often in a row.
+    fn rest(&mut self, part: &Part, failures: u32, (first, longest): (Duration, Duration), now: Instant) -> u32 {
         let pause = first.saturating_mul(1 << failures.min(16)).min(longest);
         let failures = failures.saturating_add(1);
         self.resting.insert(part.clone(), Rest { until: now + pause, failures });
@@ -147,6 +169,7 @@ impl Queue {
     /// Nothing that waits is to be sent.
     pub fn clear(&mut self) {
         self.waiting.clear();
+        self.done.clear();
         self.rested_at = None;
     }
 
@@ -177,8 +200,8 @@ mod tests {
         Action { effect: Effect::Ledger { edit, resource_version: None }, reason: String::new(), events: vec![] }
     }
 
-    fn part(page_number: u32) -> Part {
-        Part::of(&page(page_number, "").effect)
+    fn effect(page_number: u32) -> Effect {
+        page(page_number, "").effect
     }
 
     #[test]
@@ -197,7 +220,7 @@ mod tests {
         assert!(queue.take_next().is_some());
         queue.handle_decision(vec![page(0, "a")], now);
         assert_eq!(queue.take_next(), None);
-        queue.handle_outcome(&part(0), Outcome::Done, now);
+        queue.handle_outcome(&effect(0), Outcome::Done, now);
         queue.handle_decision(vec![page(0, "b")], now);
         assert_eq!(queue.take_next(), Some(page(0, "b")));
     }
@@ -208,7 +231,7 @@ mod tests {
         queue.handle_decision((0..100).map(|number| page(number, "")).collect(), now);
         assert_eq!(std::iter::from_fn(|| queue.take_next()).count(), IN_FLIGHT);
         assert_eq!((queue.busy(), queue.waiting()), (IN_FLIGHT, 100 - IN_FLIGHT));
-        queue.handle_outcome(&part(3), Outcome::Failed, now);
+        queue.handle_outcome(&effect(3), Outcome::Failed, now);
         assert_eq!(std::iter::from_fn(|| queue.take_next()).count(), 1);
     }
 
@@ -219,7 +242,7 @@ mod tests {
         for _ in 0..10 {
             queue.handle_decision(vec![page(0, "")], now);
             assert!(queue.take_next().is_some());
-            queue.handle_outcome(&part(0), Outcome::Failed, now);
+            queue.handle_outcome(&effect(0), Outcome::Failed, now);
             queue.handle_decision(vec![page(0, "")], now);
             assert_eq!(queue.take_next(), None, "it rests");
             let until = queue.rested_at().unwrap();
@@ -230,9 +253,48 @@ mod tests {
         assert_eq!(*pauses.last().unwrap(), Duration::from_secs(15));
         queue.handle_decision(vec![page(0, "")], now);
         assert!(queue.take_next().is_some());
-        queue.handle_outcome(&part(0), Outcome::Done, now);
+        queue.handle_outcome(&effect(0), Outcome::Done, now);
         queue.handle_decision(vec![], now);
         assert_eq!(queue.rested_at(), None);
+    }
+
+    #[test]
+    fn what_is_done_and_wanted_again_at_once_rests_longer_each_time() {
+        let (mut queue, mut now) = (Queue::default(), Instant::now());
+        let mut pauses = Vec::new();
+        queue.handle_decision(vec![page(0, "")], now);
+        for round in 1..16 {
+            assert!(queue.take_next().is_some());
+            queue.handle_outcome(&effect(0), Outcome::Done, now);
+            // A version of another time makes it no other write.
+            let mut again = page(0, "");
+            if let Effect::Ledger { resource_version, .. } = &mut again.effect {
+                *resource_version = Some(round.to_string());
+            }
+            assert_eq!(queue.handle_decision(vec![again.clone()], now), [(Part::of(&again.effect), round)]);
+            assert_eq!(queue.take_next(), None, "it rests");
+            let until = queue.rested_at().unwrap();
+            pauses.push(until - now);
+            now = until;
+            assert_eq!(queue.handle_decision(vec![again], now), []);
+        }
+        assert_eq!(pauses[..3], [200, 400, 800].map(Duration::from_millis));
+        assert_eq!(*pauses.last().unwrap(), Duration::from_secs(300));
+    }
+
+    #[test]
+    fn what_is_wanted_otherwise_or_later_does_not_rest() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        queue.handle_decision(vec![page(0, "a")], now);
+        queue.take_next().unwrap();
+        queue.handle_outcome(&effect(0), Outcome::Done, now);
+        assert_eq!(queue.handle_decision(vec![page(0, "b")], now), []);
+        queue.take_next().unwrap();
+        queue.handle_outcome(&page(0, "b").effect, Outcome::Done, now);
+        // It had its effect, and was undone.
+        assert_eq!(queue.handle_decision(vec![], now), []);
+        assert_eq!(queue.handle_decision(vec![page(0, "b")], now), []);
+        assert!(queue.take_next().is_some());
     }
 
     #[test]
@@ -240,8 +302,8 @@ mod tests {
         let (mut queue, now) = (Queue::default(), Instant::now());
         queue.handle_decision(vec![page(0, "")], now);
         assert!(queue.take_next().is_some());
-        queue.handle_outcome(&part(0), Outcome::Conflict, now);
+        queue.handle_outcome(&effect(0), Outcome::Conflict, now);
         queue.handle_decision(vec![], now + Duration::from_secs(1));
-        assert!(queue.resting.is_empty() && queue.busy.is_empty() && queue.waiting.is_empty());
+        assert!(queue.resting.is_empty() && queue.done.is_empty() && queue.busy.is_empty() && queue.waiting.is_empty());
     }
 }

@@ -19,7 +19,7 @@ use crate::driver::{Driver, Wiring};
 use crate::events::Recorder;
 use crate::http::{self, Health};
 use crate::index::Index;
-use crate::lease::{self, Leadership};
+use crate::lease::{self, Leadership, Replica};
 use crate::metrics::Metrics;
 use crate::{reports, watch as watches};
 
@@ -67,9 +67,15 @@ pub async fn run(args: RunArgs) -> anyhow::Result<()> {
     });
     let asking = reports::run(named, report, args.report_port, args.report_interval(), metrics);
     let leases = Api::<Lease>::namespaced(client, &namespace);
+    let place = http::place(args.metrics_listen);
+    if let Err(error) = &place {
+        tracing::warn!(%error, "where this replica serves metrics is not told to others on the same network");
+    }
+    let me = Replica { name: me, place: place.ok() };
 
     // Order at the end: no write is sent any longer, and only then the lease is given back.
-    let (asking, serving) = (tokio::spawn(asking), tokio::spawn(http::serve(args.metrics_listen, registry, health)));
+    let (asking, serving) =
+        (tokio::spawn(asking), tokio::spawn(http::serve(args.metrics_listen, registry, health, leadership.sights())));
     let mut electing = tokio::spawn(async move { lease::run(leases, LEADER_LEASE, me, &leadership, given_back).await });
     let mut driving = tokio::spawn(driver.run(stopped));
     let mut ended = None;

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use k8s_openapi::api::core::v1::ConfigMap;
+use keystone_mesh_api::errors::words;
 use keystone_mesh_api::{JoinToken, LEDGER_LABEL, Member, NETWORK_CONFIG_MAP, Peer};
 use keystone_mesh_core::backoff::Backoff;
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind};
@@ -130,7 +131,9 @@ async fn optional(client: Client, watch: Watch, config: Config, cloud: CloudKind
                 watch.clone().run(api, config.clone(), read).await;
             }
             Ok(None) => {}
-            Err(error) => tracing::debug!(%error, group, "could not ask which resources the API server has"),
+            Err(error) => {
+                tracing::debug!(error = words(&error), group, "could not ask which resources the API server has")
+            }
         }
         tokio::time::sleep(DISCOVERY).await;
     }
@@ -201,21 +204,34 @@ impl Watch {
     fn note(&self, error: &watcher::Error, code: Option<&str>) {
         let resource = self.kind.label();
         let code = code.unwrap_or("none");
+        let error = words_of(error);
         self.metrics.watch_restarts.get_or_create(&metrics::Resource::of(resource)).inc();
         self.metrics.api_errors.get_or_create(&ErrorLabels { during: "watch", code: code.to_owned() }).inc();
         match code {
             // The usual end of a watch that was away for long.
             "410" => tracing::debug!(resource, "the watch is too old; listing again"),
             "401" | "403" => tracing::error!(
-                resource, %error,
+                resource,
+                error,
                 "the controller may not list and watch this; are its ServiceAccount and ClusterRole installed?"
             ),
             "404" => tracing::error!(
-                resource, %error,
+                resource,
+                error,
                 "the API server does not have this resource; apply the output of `keystone-controller crds`"
             ),
-            _ => tracing::warn!(resource, %error, "the watch failed; opening it again"),
+            _ => tracing::warn!(resource, error, "the watch failed; opening it again"),
         }
+    }
+}
+
+/// In one line, with its causes and what to do.
+fn words_of(error: &watcher::Error) -> String {
+    match error {
+        watcher::Error::InitialListFailed(cause)
+        | watcher::Error::WatchStartFailed(cause)
+        | watcher::Error::WatchFailed(cause) => words(cause),
+        watcher::Error::WatchError(_) | watcher::Error::NoResourceVersion => error.to_string(),
     }
 }
 

@@ -7,9 +7,9 @@ use ipnet::IpNet;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::RouteNetlinkMessage as Message;
 use netlink_packet_route::address::AddressAttribute;
-use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo};
+use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, State};
 use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourState};
-use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteMetric};
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteType};
 use nix::errno::Errno;
 
 use super::message;
@@ -91,6 +91,12 @@ fn found(answer: Result<Option<Message>, Refusal>) -> Result<Option<Link>, Refus
     }
 }
 
+/// True once a link is up and the kernel has noticed.
+pub(super) fn carries(socket: &mut Socket, index: u32) -> Result<bool, Refusal> {
+    let Some(Message::NewLink(link)) = socket.get(message::get_link_at(index))? else { return Ok(false) };
+    Ok(link.attributes.contains(&LinkAttribute::OperState(State::Up)))
+}
+
 pub(super) fn pairs(socket: &mut Socket) -> Result<Vec<Link>, Refusal> {
     Ok(socket.dump(&message::all_pairs())?.iter().filter_map(Link::of).collect())
 }
@@ -158,6 +164,14 @@ pub(super) fn route_to(socket: &mut Socket, address: IpAddr) -> Result<Option<u3
             }
             _ => None,
         })),
+    }
+}
+
+/// True if an address is one of this namespace's own.
+pub(super) fn is_local(socket: &mut Socket, address: IpAddr) -> Result<bool, Refusal> {
+    match socket.get(message::matching_route(address)) {
+        Err(refusal) if refusal.is(Errno::ENETUNREACH) || refusal.is(Errno::EHOSTUNREACH) => Ok(false),
+        answer => Ok(matches!(answer?, Some(Message::NewRoute(route)) if route.header.kind == RouteType::Local)),
     }
 }
 

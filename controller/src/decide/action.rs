@@ -6,11 +6,14 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{NodeAddress, NodeCondition, Taint};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use keystone_mesh_api::{JoinTokenStatus, MemberStatus, PeerStatus};
 use keystone_mesh_core::directory::Carrier;
 use keystone_mesh_core::ledger::PageEdit;
 use keystone_mesh_core::node::{Approval, NodeName};
 use keystone_mesh_core::plain_peer::PlainPeer;
+
+use super::conditions;
 
 /// What to do, why, and what to tell people once it is done.
 #[derive(Clone, Debug, PartialEq)]
@@ -84,11 +87,12 @@ pub enum Effect {
         /// The whole status.
         status: JoinTokenStatus,
     },
-    /// Sets conditions in a Node's status (strategic merge by `type`); others stay.
+    /// Sets our conditions in a Node's status (server-side apply, controller's field manager, forced), in one write;
+    /// others stay.
     NodeConditions {
         /// The Node.
         target: Target,
-        /// Those that change.
+        /// All of ours, also those that stay as they are.
         conditions: Vec<NodeCondition>,
     },
     /// Replaces a Node's taints, if they still are what was seen (JSON patch: `test`, then `replace`).
@@ -121,6 +125,39 @@ pub enum Effect {
         /// The Member.
         target: Target,
     },
+}
+
+impl Effect {
+    /// Whether it asks for the same as another one, whatever version it was decided from and when.
+    pub fn asks_the_same_as(&self, other: &Self) -> bool {
+        self.timeless() == other.timeless()
+    }
+
+    fn timeless(&self) -> Self {
+        let mut effect = self.clone();
+        match &mut effect {
+            Self::Ledger { resource_version, .. } => *resource_version = None,
+            Self::TokenStatus { resource_version, .. } => resource_version.clear(),
+            Self::Approve { approval, .. } => approval.serial = 0,
+            Self::StatePeer { peer, .. } => peer.serial = 0,
+            Self::MemberStatus { status, .. } => status.conditions.iter_mut().for_each(forget_time),
+            Self::PeerStatus { status, .. } => status.conditions.iter_mut().for_each(forget_time),
+            Self::NodeConditions { conditions, .. } => {
+                for condition in conditions {
+                    (condition.last_transition_time, condition.last_heartbeat_time) = (None, None);
+                }
+            }
+            Self::NodeTaints { .. }
+            | Self::NodeInit { .. }
+            | Self::NodeAddresses { .. }
+            | Self::DeleteMember { .. } => {}
+        }
+        effect
+    }
+}
+
+fn forget_time(condition: &mut Condition) {
+    condition.last_transition_time = conditions::time(0);
 }
 
 /// Which kind of object an event is about.

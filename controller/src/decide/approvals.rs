@@ -14,7 +14,7 @@ use keystone_mesh_core::network::Network;
 use keystone_mesh_core::node::Approval;
 
 use super::action::{Action, Effect, Event, Regarding, Target};
-use super::census::{Census, Machine, Revocation, Standing};
+use super::census::{Census, Machine, Standing};
 use super::conditions;
 use super::routes::Routes;
 use crate::view::{ClusterView, Now};
@@ -129,25 +129,9 @@ fn revoke(machine: &Machine<'_>, later: u64) -> Option<Action> {
         serial: if newest.is_revoked() { newest.serial } else { later },
         ..newest.clone()
     };
-    let note = match &machine.standing {
-        Standing::Revoked(Revocation::CloudGone(claim)) => {
-            format!("Out of the network: `{claim}`, the autoscaler's object of this machine, was deleted")
-        }
-        Standing::Silent
-        | Standing::Waiting(_)
-        | Standing::Refused(_)
-        | Standing::Changed { .. }
-        | Standing::Undecided(_)
-        | Standing::Spending
-        | Standing::Entering(_)
-        | Standing::Adopting(..)
-        | Standing::Admitted { .. }
-        | Standing::Revoked(Revocation::Earlier)
-        | Standing::Leaving => {
-            "Out of the network: the approval on this object was valid once, and the machine is not in the network"
-                .to_owned()
-        }
-    };
+    let why = machine.standing.cloud_gone();
+    let earlier = "the approval on this object was valid once, and the machine is not in the network";
+    let note = format!("Out of the network: {}", why.as_deref().unwrap_or(earlier));
     let event = (!newest.is_revoked()).then(|| (true, "Revoked", note.clone()));
     effect(machine, revoked, note, event)
 }

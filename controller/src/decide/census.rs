@@ -68,6 +68,28 @@ pub(super) enum Standing {
     Leaving,
 }
 
+impl Standing {
+    /// That its autoscaler's object went and the machine with it, in words; none where something else is the case.
+    pub(super) fn cloud_gone(&self) -> Option<String> {
+        match self {
+            Self::Revoked(Revocation::CloudGone(claim)) => {
+                Some(format!("`{claim}`, the autoscaler's object of this machine, was deleted"))
+            }
+            Self::Silent
+            | Self::Waiting(_)
+            | Self::Refused(_)
+            | Self::Changed { .. }
+            | Self::Undecided(_)
+            | Self::Spending
+            | Self::Entering(_)
+            | Self::Adopting(..)
+            | Self::Admitted { .. }
+            | Self::Revoked(Revocation::Earlier)
+            | Self::Leaving => None,
+        }
+    }
+}
+
 /// Why a machine is no longer in the network though its object is there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Revocation {

@@ -20,6 +20,10 @@ use super::census::{Machine, Standing};
 use super::conditions::Verdict;
 use crate::view::{ClusterView, Evidence, NodeView, Now};
 
+/// A Node that is younger is told nothing before it has the taint, in milliseconds. Putting it on takes some of them; an
+/// API server that refuses it keeps nobody from reading the conditions for longer.
+const TAINTING: u64 = 10_000;
+
 /// What there is to do about a Node's readiness.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Readiness {
@@ -27,6 +31,8 @@ pub(super) struct Readiness {
     pub(super) verdict: Option<Verdict>,
     /// Puts on or lifts the taint.
     pub(super) taints: Option<Action>,
+    /// Whether the Node's other conditions wait for the taint, so that all of them cost one write.
+    pub(super) taint_first: bool,
     /// When time alone will have changed the answer.
     pub(super) again_at: Option<Now>,
 }
@@ -44,10 +50,12 @@ pub(super) fn judge(view: &ClusterView, machine: &Machine<'_>, node: &NodeView, 
         let taint = Taint { key: STARTUP_TAINT.to_owned(), effect: "NoSchedule".to_owned(), ..Taint::default() };
         let wanted = node.taints.iter().cloned().chain([taint]).collect();
         let reason = "it is fresh and the mesh does not reach it yet: the startup taint keeps pods off it";
-        return Readiness { taints: Some(set_taints(node, wanted, reason)), ..Readiness::default() };
+        let told_at = Some(node.created.saturating_add(TAINTING)).filter(|told_at| now < *told_at);
+        let taints = Some(set_taints(node, wanted, reason));
+        return Readiness { verdict: None, taints, taint_first: told_at.is_some(), again_at: told_at };
     }
     let (verdict, again_at) = verdict(view, machine, current, now);
-    Readiness { verdict, taints: None, again_at }
+    Readiness { verdict, taints: None, taint_first: false, again_at }
 }
 
 /// Nodes of the control plane are where the others are reached from; what runs there must not wait for the mesh.

@@ -1,5 +1,7 @@
 //! How machines stand, in words: conditions of Nodes, status of Members.
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::api::core::v1::NodeCondition;
 use keystone_mesh_core::admission::{JoinRefusal, addresses_of};
 use keystone_mesh_core::ledger::Holder;
@@ -35,7 +37,9 @@ pub(super) fn act(context: &Context<'_>, census: &Census<'_>) -> (Vec<Action>, O
             let readiness = readiness::judge(context.view, machine, node, context.now);
             again_at = again_at.into_iter().chain(readiness.again_at).min();
             actions.extend(readiness.taints.clone());
-            actions.extend(of_node(context, machine, node, readiness));
+            if !readiness.taint_first {
+                actions.extend(of_node(context, machine, node, readiness));
+            }
         }
         if let Some(member) = machine.member.filter(|member| !member.deleting) {
             actions.extend(of_member(context, machine, member));
@@ -52,12 +56,14 @@ fn of_node(context: &Context<'_>, machine: &Machine<'_>, node: &NodeView, readin
         routes(context, machine, ROUTES_CONDITION),
         wishes(context, machine, WISHES_CONDITION),
     ];
-    let mut conditions: Vec<NodeCondition> = Vec::new();
+    let mut conditions: BTreeMap<&str, &NodeCondition> =
+        node.conditions.iter().map(|(condition, current)| (condition.as_str(), current)).collect();
+    let mut changed: Vec<NodeCondition> = Vec::new();
     let mut events = Vec::new();
     for verdict in verdicts.into_iter().flatten() {
         let current = node.conditions.get(verdict.condition);
         let Some(condition) = conditions::of_node(current, &verdict, context.now) else { continue };
-        conditions.push(condition);
+        changed.push(condition);
         let news = current.is_none_or(|current| {
             current.status != verdict.status || current.reason.as_deref() != Some(verdict.reason)
         });
@@ -69,15 +75,17 @@ fn of_node(context: &Context<'_>, machine: &Machine<'_>, node: &NodeView, readin
             Event { regarding: Regarding::Node, name, uid, warning, reason, note }
         }));
     }
-    if conditions.is_empty() {
+    if changed.is_empty() {
         return None;
     }
-    let said: Vec<String> = conditions
+    let said: Vec<String> = changed
         .iter()
         .map(|condition| {
             format!("{} is {} ({})", condition.type_, condition.status, condition.reason.as_deref().unwrap_or_default())
         })
         .collect();
+    conditions.extend(changed.iter().map(|condition| (condition.type_.as_str(), condition)));
+    let conditions = conditions.into_values().cloned().collect();
     let target = Target { name: node.name.clone(), uid: node.uid.clone() };
     Some(Action { effect: Effect::NodeConditions { target, conditions }, reason: said.join(", "), events })
 }
@@ -124,22 +132,8 @@ fn taken(name: &NodeName, known: &str) -> Verdict {
 }
 
 fn goes(machine: &Machine<'_>, leftover: &MemberView) -> Action {
-    let note = match &machine.standing {
-        Standing::Revoked(Revocation::CloudGone(claim)) => {
-            format!("Deleted: `{claim}`, the autoscaler's object of this machine, was deleted")
-        }
-        Standing::Silent
-        | Standing::Waiting(_)
-        | Standing::Refused(_)
-        | Standing::Changed { .. }
-        | Standing::Undecided(_)
-        | Standing::Spending
-        | Standing::Entering(_)
-        | Standing::Adopting(..)
-        | Standing::Admitted { .. }
-        | Standing::Revoked(Revocation::Earlier)
-        | Standing::Leaving => "Deleted: its Node was deleted".to_owned(),
-    };
+    let why = machine.standing.cloud_gone();
+    let note = format!("Deleted: {}", why.as_deref().unwrap_or("its Node was deleted"));
     let events = vec![event_of(leftover, false, "MemberDeleted", note.clone())];
     Action { effect: Effect::DeleteMember { target: target(leftover) }, reason: note, events }
 }
@@ -182,11 +176,10 @@ fn approved(context: &Context<'_>, machine: &Machine<'_>, condition: &'static st
                  machine was reinstalled, run `keystone-mesh approve {name}` on the control plane"
             ),
         ),
-        Standing::Revoked(Revocation::CloudGone(claim)) => Verdict::no(
-            condition,
-            "CloudGone",
-            format!("out of the network: `{claim}`, the autoscaler's object of this machine, was deleted"),
-        ),
+        Standing::Revoked(Revocation::CloudGone(_)) => {
+            let why = machine.standing.cloud_gone().unwrap_or_default();
+            Verdict::no(condition, "CloudGone", format!("out of the network: {why}"))
+        }
         Standing::Revoked(Revocation::Earlier) => Verdict::no(
             condition,
             "Revoked",

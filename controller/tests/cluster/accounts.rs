@@ -1,7 +1,7 @@
 //! The controller with the very account, role and policies that deploy/ ships, and a worker that went bad.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::coordination::v1::Lease;
@@ -9,12 +9,11 @@ use k8s_openapi::api::core::v1::{Node, NodeAddress, NodeCondition, Taint};
 use keystone_controller::apply::Applier;
 use keystone_controller::decide::{Effect, Event, Regarding, Target};
 use keystone_controller::events::Recorder;
-use keystone_controller::lease::{self, Leadership};
+use keystone_controller::lease::{self, Leadership, Replica};
 use keystone_controller::metrics::Metrics;
 use keystone_controller::queue::Outcome;
 use keystone_controller::watch as watches;
 use keystone_kubelab::{Access, ApiServer, Options, with_api_server};
-use keystone_lab::wait;
 use keystone_mesh_api::{
     AGENT_ACCOUNT, CONTROLLER_ACCOUNT, JoinToken, JoinTokenStatus, LEADER_LEASE, Member, MemberStatus, NAMESPACE, Peer,
     PeerStatus,
@@ -32,7 +31,7 @@ use serde::{Deserialize as _, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use crate::world::{Machine, PATIENCE, POLL, World, create, until};
+use crate::world::{Machine, PATIENCE, World, create, until};
 
 /// What deploy/ ships.
 const MANIFESTS: &str = include_str!("../../../deploy/manifests/keystone-mesh.yaml");
@@ -113,11 +112,7 @@ fn the_controllers_role_is_what_it_asks_for() {
         let admin = world.server.admin().clone();
         // Both clients in one world; what is made is made by a person.
         let made = world.server.with_client(&admin, async |client| Objects::make(client).await)?;
-        world.server.with_client(&account, async |client| everything(client, &world, made).await)?;
-        wait::until("it asked for all that it may", PATIENCE, POLL, || {
-            Ok((asked(world.server)? == granted()).then_some(()))
-        })
-        .with_context(|| format!("asked: {:?}\ngranted: {:?}", asked(world.server), granted()))
+        world.server.with_client(&account, async |client| everything(client, &world, made).await)
     });
 }
 
@@ -165,7 +160,9 @@ async fn everything(client: Client, world: &World<'_>, made: Objects) -> Result<
     let leadership = Leadership::new();
     let (_stop, stopped) = watch::channel(false);
     let (leads, leases) = (leadership.clone(), Api::<Lease>::namespaced(client.clone(), NAMESPACE));
-    tokio::spawn(async move { lease::run(leases, LEADER_LEASE, "test".into(), &leads, stopped).await });
+    tokio::spawn(async move {
+        lease::run(leases, LEADER_LEASE, Replica { name: "test".into(), place: None }, &leads, stopped).await
+    });
     until("it leads", PATIENCE, async || Ok(leadership.holds(Instant::now()).then_some(()))).await?;
 
     let applier = Applier::new(client.clone(), NAMESPACE.into(), world.key.clone(), leadership.clone());
@@ -244,8 +241,9 @@ async fn everything(client: Client, world: &World<'_>, made: Objects) -> Result<
     recorder.record(event.clone());
     recorder.record(event);
     // The lease is renewed and the second event counted while this goes on.
-    tokio::time::sleep(lease::RETRY + Duration::from_secs(1)).await;
-    Ok(())
+    until("it asked for all that it may", PATIENCE, async || Ok((asked(world.server)? == granted()).then_some(())))
+        .await
+        .with_context(|| format!("asked: {:?}\ngranted: {:?}", asked(world.server), granted()))
 }
 
 /// What a reader makes of the network, and what it would do.

@@ -7,7 +7,7 @@ use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{ConfigMap, Node, NodeAddress, NodeCondition, Taint};
 use keystone_controller::apply::{Applied, Applier};
 use keystone_controller::decide::{Effect, Target};
-use keystone_controller::lease::{self, Leadership};
+use keystone_controller::lease::{self, Leadership, Replica};
 use keystone_controller::queue::Outcome;
 use keystone_mesh_api::{
     JoinToken, JoinTokenStatus, LEADER_LEASE, LEDGER_LABEL, Member, MemberStatus, NAMESPACE, Peer, PeerStatus,
@@ -46,7 +46,9 @@ impl Stage {
         let (stop, stopped) = watch::channel(false);
         let leases = Api::<Lease>::namespaced(client.clone(), NAMESPACE);
         let leads = leadership.clone();
-        tokio::spawn(async move { lease::run(leases, LEADER_LEASE, "stage".into(), &leads, stopped).await });
+        tokio::spawn(async move {
+            lease::run(leases, LEADER_LEASE, Replica { name: "stage".into(), place: None }, &leads, stopped).await
+        });
         until("it leads", PATIENCE, async || Ok(leadership.holds(Instant::now()).then_some(()))).await?;
         Ok(Self { client, applier, _stop: stop })
     }

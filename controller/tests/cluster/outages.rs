@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use keystone_kubelab::PORT;
 use nix::sys::signal::Signal;
 
@@ -100,6 +100,32 @@ fn a_watch_that_falls_silent_is_opened_again() {
         })?;
         world.until_approved(&machines[1..], PATIENCE)?;
         drop(controller);
+        Ok(())
+    });
+}
+
+#[test]
+fn an_api_server_that_cannot_be_reached_is_told_with_cause_and_remedy() {
+    in_world("outages::an_api_server_that_cannot_be_reached_is_told_with_cause_and_remedy", |world| {
+        let good = world.server.admin().kubeconfig();
+        let mut another_cluster = good.clone();
+        another_cluster["clusters"][0]["cluster"]["certificate-authority-data"] =
+            good["users"][0]["user"]["client-certificate-data"].clone();
+        let at = |server: &str| world.server.admin().clone().at(server).kubeconfig();
+        let cases = [
+            ("another-cluster", another_cluster, "certificate", "this is another cluster"),
+            ("another-name", at(&format!("https://127.0.0.2:{PORT}")), "127.0.0.2", "--tls-san"),
+            ("another-port", at("https://127.0.0.1:9"), "onnection refused", "are address and port right?"),
+        ];
+        for (number, (name, config, cause, remedy)) in (9001..).zip(cases) {
+            let controller = world.controller_by(&config, name, number, &[])?;
+            for line in ["the leader lease could not be read", "the watch failed"] {
+                controller.until_logged(line, PATIENCE)?;
+                let log = controller.log();
+                let line = log.lines().find(|found| found.contains(line)).context("the line")?;
+                ensure!(line.contains(cause) && line.contains(remedy), "{name}: {line}");
+            }
+        }
         Ok(())
     });
 }

@@ -3,17 +3,18 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use ipnet::IpNet;
 use k8s_openapi::api::coordination::v1::Lease;
 use keystone_controller::lease::DURATION;
+use keystone_lab::wait;
 use keystone_mesh_api::{LEADER_LEASE, NAMESPACE};
 use keystone_mesh_core::node::Approval;
 use kube::Api;
 use kube::api::{Patch, PatchParams};
 use serde_json::json;
 
-use crate::world::{Controller, Machine, PATIENCE, World, create, in_world, until};
+use crate::world::{Controller, Machine, PATIENCE, POLL, World, create, in_world, until};
 
 const AUTO: &[&str] = &["--approval=auto"];
 
@@ -120,6 +121,46 @@ fn two_controllers_that_both_lead_double_nothing() {
             ensure!(Instant::now() < deadline, "waited in vain for all to be approved");
         };
         witness.see(&approved)?;
+        Ok(())
+    });
+}
+
+#[test]
+fn the_metrics_port_of_a_shared_host_is_the_leaders() {
+    in_world("races::the_metrics_port_of_a_shared_host_is_the_leaders", |world| {
+        // While a third one holds the lease, the first of two that wait takes the port.
+        let lease = |holder: &str| {
+            json!({
+                "apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
+                "metadata": {"name": LEADER_LEASE, "namespace": NAMESPACE},
+                "spec": {"holderIdentity": holder, "leaseDurationSeconds": 3600},
+            })
+            .to_string()
+        };
+        world.server.apply(&lease("third"))?;
+        let waiting = world.controller("a", 9001, AUTO)?;
+        waiting.until_logged("serving metrics", PATIENCE)?;
+        let leader = world.controller("b", 9001, AUTO)?;
+        leader.until_logged("metrics cannot be served yet", PATIENCE)?;
+        let seen = |name: &str| waiting.metric(&format!("keystone_controller_{name}"), &[]);
+        assert_eq!((seen("leader"), seen("leader_seen")), (Some(0.0), Some(1.0)));
+
+        // The lease is given to the one without.
+        world.server.apply(&lease(&leader.identity()?))?;
+        let leads = |controller: &Controller| {
+            wait::until("the leader's metrics are served", PATIENCE, POLL, || {
+                Ok((controller.metric("keystone_controller_leader", &[]) == Some(1.0)).then_some(()))
+            })
+            .with_context(|| controller.process.log_tail(20))
+        };
+        leads(&leader)?;
+        waiting.until_logged("leaves it the port", PATIENCE)?;
+        leader.until_logged("serving metrics", PATIENCE)?;
+
+        // And whoever follows gets it back.
+        assert!(leader.process.terminate(PATIENCE)?.success());
+        waiting.until_leading(PATIENCE)?;
+        leads(&waiting)?;
         Ok(())
     });
 }

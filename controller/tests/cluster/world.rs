@@ -24,7 +24,7 @@ use keystone_mesh_core::path::Nat;
 use keystone_mesh_core::{NodeId, annotations};
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::{Client, ResourceExt};
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// Everything here happens in far less on a machine that is not busy.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -93,8 +93,13 @@ impl<'a> World<'a> {
 
     /// Starts a controller that comes with this credential.
     pub(crate) fn controller_as(&self, access: &Access, name: &str, port: u16, flags: &[&str]) -> Result<Controller> {
+        self.controller_by(&access.kubeconfig(), name, port, flags)
+    }
+
+    /// Starts a controller with this kubeconfig.
+    pub(crate) fn controller_by(&self, config: &Value, name: &str, port: u16, flags: &[&str]) -> Result<Controller> {
         let kubeconfig = self.folder.join(format!("{name}.kubeconfig"));
-        access.write_kubeconfig(&kubeconfig)?;
+        fs::write(&kubeconfig, config.to_string())?;
         let log = self.folder.join(format!("{name}.log"));
         let mut command = Command::new(env!("CARGO_BIN_EXE_keystone-controller"));
         command.arg("--kubeconfig").arg(&kubeconfig).args(["--namespace", NAMESPACE, "--name", name]);

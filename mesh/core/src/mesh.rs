@@ -10,7 +10,9 @@
 //! ```
 //!
 //! The driver calls a `handle_*`, then drains [`Mesh::poll_output`] until it says [`Output::Timeout`] or
-//! [`Output::Idle`]. Losing the registry is no input: what is known stays in force.
+//! [`Output::Idle`]. What the registry tells is only noted; the plan is made when outputs are asked for, so a driver that
+//! hands over a thousand changes in one go pays for one plan. Losing the registry is no input: what is known stays in
+//! force.
 
 mod follow;
 mod peer;
@@ -34,6 +36,17 @@ use crate::plain_peer::SignedPlainPeer;
 use crate::plan::{self, Plan};
 use crate::probe::{self, KeyHint, Unverified};
 use crate::relay::{HostPort, RelayAddr};
+
+/// What of the plan does not follow what is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Stale {
+    /// Nothing.
+    Nothing,
+    /// Nodes and plain peers: those that changed.
+    Entries,
+    /// Everything: the network's document says how every peer is reached.
+    Network,
+}
 
 /// The machine. See the [module](self).
 pub struct Mesh {
@@ -59,6 +72,7 @@ pub struct Mesh {
 
     // --- what follows ---
     plan: Plan,
+    stale: Stale,
     path_config: Arc<path::Config>,
     local: Arc<[Candidate]>,
     peers: BTreeMap<PublicKey, Peer>,
@@ -93,6 +107,7 @@ impl Mesh {
             observations: Observations::default(),
             relays_up: BTreeSet::new(),
             plan: Plan::default(),
+            stale: Stale::Nothing,
             path_config: Arc::new(path_config),
             local: Arc::new([]),
             peers: BTreeMap::new(),
@@ -137,56 +152,53 @@ impl Mesh {
         network: Network,
         entries: impl IntoIterator<Item = Entry>,
         peers: impl IntoIterator<Item = SignedPlainPeer>,
-        now: Instant,
     ) {
         self.entries = entries.into_iter().map(|entry| (entry.name().clone(), entry)).collect();
         self.stated = peers.into_iter().map(|peer| (peer.get().name.clone(), peer)).collect();
         self.set_network(network);
-        self.replan(now);
     }
 
     /// A node came or changed.
-    pub fn handle_entry(&mut self, entry: Entry, now: Instant) {
+    pub fn handle_entry(&mut self, entry: Entry) {
         let name = entry.name().clone();
         let entry = match self.entries.get(&name) {
             Some(known) => known.clone().succeeded_by(entry),
             None => entry,
         };
         if self.entries.insert(name.clone(), entry).as_ref() != self.entries.get(&name) {
-            self.replan(now);
+            self.stale = self.stale.max(Stale::Entries);
         }
     }
 
     /// A node went.
-    pub fn handle_removed(&mut self, name: &NodeName, now: Instant) {
+    pub fn handle_removed(&mut self, name: &NodeName) {
         if self.entries.remove(name).is_some() {
-            self.replan(now);
+            self.stale = self.stale.max(Stale::Entries);
         }
     }
 
     /// A plain peer of the network came or changed.
-    pub fn handle_peer(&mut self, peer: SignedPlainPeer, now: Instant) {
+    pub fn handle_peer(&mut self, peer: SignedPlainPeer) {
         let name = peer.get().name.clone();
         if self.stated.get(&name).is_none_or(|known| known.get().serial < peer.get().serial) {
             self.stated.insert(name, peer);
-            self.replan(now);
+            self.stale = self.stale.max(Stale::Entries);
         }
     }
 
     /// A plain peer of the network went.
-    pub fn handle_peer_removed(&mut self, name: &NodeName, now: Instant) {
+    pub fn handle_peer_removed(&mut self, name: &NodeName) {
         if self.stated.remove(name).is_some() {
-            self.replan(now);
+            self.stale = self.stale.max(Stale::Entries);
         }
     }
 
     /// The network's document changed.
-    pub fn handle_network(&mut self, network: Network, now: Instant) {
+    pub fn handle_network(&mut self, network: Network) {
         if self.network.as_ref().is_some_and(|known| known.serial > network.serial) {
             return;
         }
         self.set_network(network);
-        self.replan(now);
     }
 
     // --- inputs: where this node is ---
@@ -226,7 +238,7 @@ impl Mesh {
             }
         }
         if changed {
-            self.refresh_peers(now);
+            self.refresh_peers(|_| true, now);
         }
     }
 
@@ -348,6 +360,7 @@ impl Mesh {
 
     /// What is to be done. Ends with [`Output::Timeout`] or [`Output::Idle`].
     pub fn poll_output(&mut self, now: Instant) -> Output {
+        self.follow(now);
         if let Some(output) = self.outputs.pop_front() {
             return output;
         }

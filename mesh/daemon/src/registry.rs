@@ -19,6 +19,7 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::Pin;
 
+use futures_util::FutureExt as _;
 use keystone_mesh_core::gateway::Refusal;
 use keystone_mesh_core::network::SignedNetwork;
 use keystone_mesh_core::node::{Entry, NodeName, SignedApproval, SignedRecord};
@@ -136,5 +137,52 @@ pub trait Registry: Send {
     /// What it has written; none where it writes nothing itself.
     fn writes(&self) -> Option<Writes> {
         None
+    }
+}
+
+/// The next event, where one waits at this moment.
+pub fn waiting(registry: &mut dyn Registry) -> Option<Event> {
+    // Unconstrained: tokio's budget would make events look absent that are there.
+    tokio::task::unconstrained(registry.next()).now_or_never()
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    struct Told(mpsc::Receiver<Event>);
+
+    impl Registry for Told {
+        fn publish(&mut self, _: SignedRecord) {}
+
+        fn next(&mut self) -> Answer<'_, Event> {
+            Box::pin(async { self.0.recv().await.expect("the test keeps the sender") })
+        }
+
+        fn leave(&mut self) -> Answer<'_, Result<(), String>> {
+            Box::pin(std::future::ready(Ok(())))
+        }
+
+        fn kind(&self) -> &'static str {
+            "told"
+        }
+    }
+
+    #[tokio::test]
+    async fn a_thousand_events_that_wait_are_had_without_waiting() {
+        let (tell, told) = mpsc::channel(1000);
+        for n in 0..1000 {
+            tell.try_send(Event::Removed(format!("n{n}").parse().unwrap())).unwrap();
+        }
+        let mut registry = Told(told);
+        let mut had = 0;
+        while waiting(&mut registry).is_some() {
+            had += 1;
+        }
+        assert_eq!(had, 1000);
+        tell.try_send(Event::Stale { why: "later".into() }).unwrap();
+        assert!(waiting(&mut registry).is_some(), "and nothing is lost afterwards");
     }
 }

@@ -37,8 +37,8 @@ const QUOTED_LINES: usize = 20;
 const SERVICE_CIDR: &str = "10.96.0.0/16";
 const POD_CIDR: &str = "10.201.0.0/16";
 
-/// The shortest life of a token that the API server signs is ten minutes.
-const TOKEN_SECONDS: i64 = 3600;
+/// Longer than any measurement; nobody renews these tokens.
+const TOKEN_SECONDS: i64 = 6 * 3600;
 
 /// How an API server is run. Authorization is always by Node and RBAC; ValidatingAdmissionPolicies are on, as they are by
 /// default.
@@ -310,6 +310,16 @@ impl ApiServer {
             self.start_api_server()?;
         }
         self.wait_ready()
+    }
+
+    /// From some moments on it shows a certificate that has ended, and nobody speaks with it any more.
+    pub fn let_certificate_end(&self) -> Result<()> {
+        let (chain, key) = self.authority.ended("kube-apiserver")?.write(&self.folder, "ended")?;
+        // It watches its files, and reads them when another one takes their place.
+        for (from, to) in [(chain, "server.crt"), (key, "server.key")] {
+            fs::rename(from, self.folder.join(to)).with_context(|| format!("replace {to}"))?;
+        }
+        Ok(())
     }
 
     /// The API server stands still with all its connections open, and says nothing.

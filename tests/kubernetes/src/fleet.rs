@@ -29,6 +29,8 @@ struct Simulated {
     name: NodeName,
     secret: Secret,
     endpoint: Ipv4Addr,
+    /// `spec.podCIDRs`.
+    pods: Vec<String>,
 }
 
 impl Fleet {
@@ -42,9 +44,18 @@ impl Fleet {
                 format!("{prefix}-{number}").parse().with_context(|| format!("{prefix} is no part of a name"))?;
             // Addresses of 198.18.0.0/15, which belong to nobody (RFC 2544).
             let endpoint = Ipv4Addr::from_bits(0xc612_0000 + number);
-            Ok(Simulated { name, secret: Secret::from_bytes(bytes), endpoint })
+            Ok(Simulated { name, secret: Secret::from_bytes(bytes), endpoint, pods: Vec::new() })
         });
         Ok(Self { nodes: nodes.collect::<Result<_>>()?, relay, changes: AtomicU64::new(0) })
+    }
+
+    /// Each with a network of pods, 10.SECOND.0.0/24 and so on; for at most 256 nodes.
+    #[must_use]
+    pub fn with_pods(mut self, second: u8) -> Self {
+        for (third, node) in (0..=u8::MAX).zip(&mut self.nodes) {
+            node.pods = vec![format!("10.{second}.{third}.0/24")];
+        }
+        self
     }
 
     /// The names of the Nodes.
@@ -81,7 +92,10 @@ impl Fleet {
         };
         let annotations = annotations::of_record(&record.sign(&identity));
         let metadata = json!({ "name": node.name, "annotations": annotations });
-        let patch = json!({ "apiVersion": "v1", "kind": "Node", "metadata": metadata });
+        let mut patch = json!({ "apiVersion": "v1", "kind": "Node", "metadata": metadata });
+        if let Some(first) = node.pods.first() {
+            patch["spec"] = json!({ "podCIDR": first, "podCIDRs": node.pods });
+        }
         let params = PatchParams::apply(AGENT_MANAGER).force();
         let nodes = Api::<Node>::all(client.clone());
         let written = nodes.patch_metadata(node.name.as_str(), &params, &Patch::Apply(&patch)).await;

@@ -44,7 +44,7 @@ struct Cli {
     /// joins: how many machines join in each half
     #[arg(long, visible_alias = "count", value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     joins: u32,
-    /// outage: how long home and relay are gone; kubernetes-scale: how long nothing happens
+    /// outage: how long home and relay are gone; kubernetes-outage: the API server; kubernetes-scale: how long nothing happens
     #[arg(long, value_name = "MINUTES", default_value_t = 10.0, value_parser = minutes)]
     minutes: f64,
     /// kubernetes-scale: how many real daemons
@@ -131,7 +131,7 @@ fn list() -> Result<ExitCode> {
     let mut text = String::new();
     for value in Scenario::value_variants().iter().filter_map(Scenario::to_possible_value) {
         let help = value.get_help().map(ToString::to_string).unwrap_or_default();
-        text += &format!("{:16} {help}\n", value.get_name());
+        text += &format!("{:17} {help}\n", value.get_name());
     }
     io::Write::write_all(&mut io::stdout().lock(), text.as_bytes()).context("print the list")?;
     Ok(ExitCode::SUCCESS)

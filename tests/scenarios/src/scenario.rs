@@ -9,6 +9,7 @@ mod joins;
 mod kubernetes;
 mod nats;
 mod outage;
+mod pairs;
 mod spread;
 mod stage;
 
@@ -44,6 +45,8 @@ pub(crate) enum Scenario {
     Kubernetes,
     /// A whole Kubernetes cluster with its pods on the mesh, under Kubernetes' own tests; needs root and `make test-assets`
     KubernetesE2e,
+    /// The API server is gone for long; all goes on, daemons restart meanwhile, and its return is taken up; needs `make test-assets`
+    KubernetesOutage,
     /// What many nodes cost: daemons, simulated nodes and watches on one API server; needs `make test-assets`
     KubernetesScale,
     /// Throughput, CPU and memory of plain WireGuard peers side by side: ours, wireguard-go and boringtun-cli
@@ -60,6 +63,7 @@ impl Scenario {
             | Self::Outage
             | Self::Kubernetes
             | Self::KubernetesE2e
+            | Self::KubernetesOutage
             | Self::KubernetesScale
             | Self::BenchPeers => true,
             Self::Nats => false,
@@ -73,7 +77,12 @@ impl Scenario {
             Self::BenchPeers => preflight::PEER_TOOLS,
             Self::Kubernetes => NODE_TOOLS,
             Self::KubernetesE2e => &tests,
-            Self::HomeAndCloud | Self::Joins | Self::Outage | Self::KubernetesScale | Self::Nats => &[],
+            Self::HomeAndCloud
+            | Self::Joins
+            | Self::Outage
+            | Self::KubernetesOutage
+            | Self::KubernetesScale
+            | Self::Nats => &[],
         };
         preflight::ensure(&[preflight::NETWORK_TOOLS, preflight::SCENARIO_TOOLS, further].concat())?;
         match self {
@@ -83,7 +92,7 @@ impl Scenario {
                 Assets::find_tests()?;
                 conformance::prepare(plugins, image)?;
             }
-            Self::KubernetesScale => Assets::find().map(drop)?,
+            Self::KubernetesOutage | Self::KubernetesScale => Assets::find().map(drop)?,
             Self::HomeAndCloud | Self::Joins | Self::Outage | Self::BenchPeers | Self::Nats => {}
         }
         Ok(())
@@ -103,7 +112,7 @@ pub(crate) struct Options {
     pub(crate) mesh_bin: Option<PathBuf>,
     /// How many machines join in each half of [`Scenario::Joins`].
     pub(crate) joins: u32,
-    /// How long [`Scenario::Outage`] lasts, and [`Scenario::KubernetesScale`] idles.
+    /// How long [`Scenario::Outage`] and [`Scenario::KubernetesOutage`] last, and [`Scenario::KubernetesScale`] idles.
     pub(crate) duration: Duration,
     /// Real daemons of [`Scenario::KubernetesScale`].
     pub(crate) daemons: u32,
@@ -143,6 +152,7 @@ pub(crate) fn play(scenario: Scenario, options: &Options, place: Place) -> Resul
         Scenario::Outage => outage::play(&mut stage, &mut story, options.duration),
         Scenario::Kubernetes => kubernetes::play(&mut stage, &mut story),
         Scenario::KubernetesE2e => conformance::play(&mut stage, &mut story, options),
+        Scenario::KubernetesOutage => kubernetes::outage::play(&mut stage, &mut story, options.duration),
         Scenario::KubernetesScale => kubernetes::scale::play(&mut stage, &mut story, options),
         Scenario::BenchPeers => bench_peers::play(&mut stage, &mut story, options),
         Scenario::Nats => nats::play(&mut stage, &mut story),

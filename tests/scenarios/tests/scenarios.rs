@@ -25,3 +25,10 @@ fn a_cluster_spans_a_home_and_clouds() {
         play(&["kubernetes"]);
     }
 }
+
+#[test]
+fn an_outage_of_the_api_server_leaves_the_mesh_as_it_is() {
+    if keystone_kubelab::can_test() {
+        play(&["kubernetes-outage", "--minutes", "0.5"]);
+    }
+}

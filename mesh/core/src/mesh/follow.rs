@@ -1,6 +1,6 @@
 //! How the [machine](super) follows what it knows: the plan, and its difference to what was told before.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
@@ -8,7 +8,7 @@ use std::time::Instant;
 use ipnet::IpNet;
 
 use super::peer::{Peer, Way};
-use super::{Mesh, Output};
+use super::{Mesh, Output, Stale};
 use crate::io::{PeerConfig, PeerOp, Via};
 use crate::key::{NodeId, PublicKey};
 use crate::network::Network;
@@ -24,9 +24,16 @@ impl Mesh {
         let excluded = network.prefixes().into_iter().chain(self.own.addresses.iter().copied()).collect();
         self.path_config = Arc::new(path::Config { excluded, ..path::Config::clone(&self.path_config) });
         self.network = Some(network);
+        self.stale = Stale::Network;
     }
 
-    pub(super) fn replan(&mut self, now: Instant) {
+    /// Makes the plan follow what is known, where it does not.
+    pub(super) fn follow(&mut self, now: Instant) {
+        let everybody = match std::mem::replace(&mut self.stale, Stale::Nothing) {
+            Stale::Nothing => return,
+            Stale::Entries => false,
+            Stale::Network => true,
+        };
         let Some(network) = &self.network else { return };
         let before = std::mem::take(&mut self.plan);
         let plan = plan::plan(self.own.identity, network, &self.entries, &self.stated);
@@ -55,7 +62,12 @@ impl Mesh {
         self.tell_relays();
         self.tell_names();
         self.tell_kernel();
-        self.refresh_peers(now);
+        let changed = |plan: &Plan, key: &PublicKey| {
+            plan.members.get(key) != before.members.get(key) || plan.served.get(key) != before.served.get(key)
+        };
+        let changed: BTreeSet<PublicKey> =
+            self.plan.configs().map(|config| config.key).filter(|key| everybody || changed(&self.plan, key)).collect();
+        self.refresh_peers(|key| changed.contains(key), now);
         self.relocate(now);
         self.outputs.push_back(Output::Save);
     }
@@ -92,10 +104,10 @@ impl Mesh {
         self.peers.insert(key, Peer::member(config, agent, called));
     }
 
-    /// Gives every peer's path what is known of where the peer is.
-    pub(super) fn refresh_peers(&mut self, now: Instant) {
+    /// Gives the paths of these peers what is known of where they are.
+    pub(super) fn refresh_peers(&mut self, which: impl Fn(&PublicKey) -> bool, now: Instant) {
         let control_plane = self.network.as_ref().map(|network| network.id);
-        let keys: Vec<PublicKey> = self.plan.configs().map(|config| config.key).collect();
+        let keys: Vec<PublicKey> = self.plan.configs().map(|config| config.key).filter(which).collect();
         for key in keys {
             let Some(peer) = self.peers.get_mut(&key) else { continue };
             match &mut peer.way {

@@ -27,8 +27,8 @@ use crate::http::{HttpServer, listen, pages};
 use crate::kube_api::access::Grant;
 use crate::member;
 use crate::quic::relay_client::RelayState;
-use crate::registry::Event;
 use crate::registry::kubernetes::hub::Known;
+use crate::registry::{self, Event};
 use crate::service::Service;
 use crate::signals::Stop;
 use crate::state::{LivePeer, Membership, Snapshot};
@@ -40,6 +40,10 @@ const SAMPLE: Duration = Duration::from_millis(100);
 const SAMPLE_QUIET: Duration = Duration::from_millis(500);
 /// How long after the last traffic the counters are sampled more seldom: an idle daemon should cost nothing that shows.
 const QUIET_AFTER: Duration = Duration::from_secs(5);
+
+/// Events of the registry that are handed to the machine in one go. As many as a registry keeps for a slow reader; data
+/// plane and control socket wait meanwhile, some milliseconds.
+const EVENTS_AT_ONCE: usize = registry::backend::CHANGES;
 
 /// What the registry last said about itself.
 #[derive(Clone, Debug)]
@@ -152,7 +156,7 @@ impl Driver {
         let Snapshot { network, entries, peers, .. } = std::mem::take(&mut self.start.snapshot);
         match network {
             Some(network) if Some(network.get().id) == self.start.network => {
-                if let Err(error) = self.everything(network, entries, peers, now) {
+                if let Err(error) = self.everything(network, entries, peers) {
                     tracing::error!(%error, "the snapshot is not used");
                 }
             }
@@ -192,7 +196,7 @@ impl Driver {
                     }
                     self.data_event(event);
                 }
-                event = next_event(&mut self.uplink) => if let Err(error) = self.registry_event(event) {
+                event = next_event(&mut self.uplink) => if let Err(error) = self.registry_events(event) {
                     return End::PutOut(error);
                 },
                 _ = self.relay_changes.changed() => self.relays_changed(),
@@ -253,6 +257,19 @@ impl Driver {
         }
     }
 
+    /// With what waits behind it: the machine then makes one plan of all of it.
+    fn registry_events(&mut self, first: Event) -> anyhow::Result<()> {
+        self.registry_event(first)?;
+        for _ in 1..EVENTS_AT_ONCE {
+            let Some(event) = self.uplink.registry.as_mut().and_then(|registry| registry::waiting(&mut **registry))
+            else {
+                break;
+            };
+            self.registry_event(event)?;
+        }
+        Ok(())
+    }
+
     fn registry_event(&mut self, event: Event) -> anyhow::Result<()> {
         let now = Instant::now();
         match event {
@@ -260,16 +277,16 @@ impl Driver {
             Event::Snapshot { network, entries, peers } => {
                 (self.registry_state, self.registry_since) = (RegistryState::Current, now);
                 self.registry_heard = true;
-                self.everything(network, entries, peers, now)?;
+                self.everything(network, entries, peers)?;
             }
             Event::Changed(entry) => {
                 self.own_entry(&entry)?;
-                self.mesh.handle_entry(*entry, now);
+                self.mesh.handle_entry(*entry);
             }
-            Event::Removed(name) => self.mesh.handle_removed(&name, now),
-            Event::PeerChanged(peer) => self.mesh.handle_peer(*peer, now),
-            Event::PeerRemoved(name) => self.mesh.handle_peer_removed(&name, now),
-            Event::Network(network) => self.network(network, now),
+            Event::Removed(name) => self.mesh.handle_removed(&name),
+            Event::PeerChanged(peer) => self.mesh.handle_peer(*peer),
+            Event::PeerRemoved(name) => self.mesh.handle_peer_removed(&name),
+            Event::Network(network) => self.network(network),
             Event::Observed(seen) => self.mesh.handle_observed(GATEWAY_OBSERVER, seen, now),
             Event::Stale { why } => {
                 match self.registry_state {
@@ -332,7 +349,6 @@ impl Driver {
         network: SignedNetwork,
         entries: Vec<Entry>,
         peers: Vec<SignedPlainPeer>,
-        now: Instant,
     ) -> anyhow::Result<()> {
         if !self.is_ours(&network) {
             return Ok(());
@@ -342,15 +358,15 @@ impl Driver {
         if let Some(entry) = entries.iter().find(|entry| entry.record.get().identity == own) {
             self.own_entry(entry)?;
         }
-        self.mesh.handle_snapshot(network.get().clone(), entries, peers, now);
+        self.mesh.handle_snapshot(network.get().clone(), entries, peers);
         self.signed_network = Some(network);
         Ok(())
     }
 
-    fn network(&mut self, network: SignedNetwork, now: Instant) {
+    fn network(&mut self, network: SignedNetwork) {
         if self.is_ours(&network) {
             self.follow_network(&network);
-            self.mesh.handle_network(network.get().clone(), now);
+            self.mesh.handle_network(network.get().clone());
             self.signed_network = Some(network);
         }
     }

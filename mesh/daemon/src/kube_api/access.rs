@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use kube::client::ClientBuilder;
 use kube::config::{AuthInfo, KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 use rustls::pki_types::CertificateDer;
@@ -215,7 +216,10 @@ impl Access {
         config.connect_timeout = Some(CONNECT_TIMEOUT);
         // Whoever asks has a backoff of its own, and says why it waits.
         config.default_retry = false;
-        let client = Client::try_from(config).map_err(|error| AccessError::Client(super::chain(&error)))?;
+        let server = config.cluster_url.to_string();
+        let naming = super::words::naming(server.trim_end_matches('/').to_owned());
+        let builder = ClientBuilder::try_from(config).map_err(|error| AccessError::Client(super::chain(&error)))?;
+        let client = builder.with_layer(&naming).build();
         *self.made() = Some((client.clone(), granted));
         Ok(client)
     }

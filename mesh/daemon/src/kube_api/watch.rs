@@ -134,9 +134,9 @@ pub async fn run<L: Copy>(
             // A linear congruential step (Knuth, MMIX): lives need spread, not secrecy.
             draw = draw.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             let life = draw_from(&watch.pace.life, draw);
-            let opened = Instant::now();
+            let round = Round { begun: Instant::now(), life, lists: watch.version.is_none() };
             let (Ok(end) | Err(end)) = watch.once(life, &mut backoff).await;
-            let Some(pause) = watch.ended(end, opened, life, &mut backoff).await else { return };
+            let Some(pause) = watch.ended(end, &round, &mut backoff).await else { return };
             tokio::time::sleep_until(pause.into()).await;
         }
     };
@@ -164,6 +164,15 @@ struct Watch<L> {
     lost: bool,
     /// Whether fresh credentials were refused too.
     renewed: bool,
+}
+
+/// One round of a watch: a list where that is needed, and what is heard after it.
+struct Round {
+    begun: Instant,
+    /// Seconds after which the server is asked to end it.
+    life: u32,
+    /// Whether it begins with a list.
+    lists: bool,
 }
 
 /// How one round of a watch ended.
@@ -244,21 +253,23 @@ impl<L: Copy> Watch<L> {
     }
 
     /// What follows from the end of a round: when the next one begins; none: never.
-    async fn ended(&mut self, end: End, opened: Instant, life: u32, backoff: &mut Backoff) -> Option<Instant> {
+    async fn ended(&mut self, end: End, round: &Round, backoff: &mut Backoff) -> Option<Instant> {
         let now = Instant::now();
         match end {
             End::Closed => None,
             // A watch that ends at once, again and again, is paused like one that fails.
-            End::Over if now.saturating_duration_since(opened) >= Duration::from_secs(1) => Some(now),
+            End::Over if now.saturating_duration_since(round.begun) >= Duration::from_secs(1) => Some(now),
             End::Over => Some(backoff.handle_failure(now)),
             End::Gone => {
                 self.version = None;
-                Some(backoff.handle_failure(now))
+                // After an outage everybody is told so, each when his pause is over, and may list without another one. But
+                // not for ever: a list may be outdated as soon as it is read.
+                if round.lists { Some(backoff.handle_failure(now)) } else { Some(now) }
             }
             End::Absent => {
                 (self.version, self.lost) = (None, false);
                 self.tell(Told::Absent).await.ok()?;
-                Some(now + self.pace.absent.mul_f64(0.75 + f64::from(life % 64) / 128.0))
+                Some(now + self.pace.absent.mul_f64(0.75 + f64::from(round.life % 64) / 128.0))
             }
             // A token that was rotated is read again before anybody is alarmed.
             End::Unauthorized(_) if !std::mem::replace(&mut self.renewed, true) => {

@@ -6,9 +6,11 @@
 mod agent;
 mod approver;
 mod command;
+mod credentials;
 mod handover;
 mod join;
 mod outage;
 mod peer;
 mod publish;
+mod trouble;
 mod world;

@@ -1,7 +1,9 @@
 //! `kubernetes`: a control plane behind a home router and workers behind two kinds of cloud NAT become one Kubernetes
 //! cluster. Kubelets reach the API server, and the API server reaches kubelets, through the mesh alone.
 
-pub(super) mod plane;
+mod bursts;
+pub(super) mod outage;
+mod plane;
 pub(super) mod scale;
 
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};

@@ -168,6 +168,11 @@ impl ControlPlane {
     /// Starts relay and home, and waits until home is connected to its relay and has its address.
     pub(super) fn start(&self) -> Result<()> {
         self.relay.start_relay(&self.network)?;
+        self.start_home()
+    }
+
+    /// Starts home alone, and waits until it is connected to its relay and has its address.
+    pub(super) fn start_home(&self) -> Result<()> {
         let mut arguments = vec!["--relay", &self.relay_address];
         arguments.extend(self.arguments.iter().map(String::as_str));
         self.home.up(&arguments)?;

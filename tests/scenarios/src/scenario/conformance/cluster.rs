@@ -109,6 +109,11 @@ impl Cluster {
         Ok(())
     }
 
+    /// Where nodes find the API server.
+    pub(super) fn server_address(&self) -> IpAddr {
+        self.server_address
+    }
+
     /// Waits until every node is Ready.
     pub(super) fn wait_ready(&mut self, story: &mut Story) -> Result<()> {
         let start = Instant::now();

@@ -13,7 +13,8 @@ use keystone_mesh_core::NodeId;
 use kube::api::{Api, ListParams};
 use serde_json::{Value, json};
 
-use super::plane::{POLL, Plane};
+use super::bursts;
+use super::plane::{FLEET_PATIENCE, PATIENCE, Plane};
 use super::{GONE_GOAL, TOLERANCE, until_gone};
 use crate::scenario::Options;
 use crate::scenario::join::in_millis;
@@ -35,13 +36,6 @@ const CHANGES: usize = 50;
 /// Nodes that come and go while all daemons are asked for them.
 const COMINGS: u32 = 20;
 
-/// How long anything is waited for, and in particular what every node takes part in.
-const PATIENCE: Duration = Duration::from_secs(120);
-const FLEET_PATIENCE: Duration = Duration::from_secs(1800);
-
-/// Nothing has been written for so long: what happened before is over.
-const CALM: Duration = Duration::from_secs(10);
-
 /// Distance of the questions whether a peer is there: the error of the measurement.
 const ASK_EVERY: Duration = Duration::from_millis(10);
 
@@ -57,20 +51,23 @@ pub(in crate::scenario) fn play(stage: &mut Stage, story: &mut Story, options: &
     story.chapter("A Node is deleted");
     let gone = delete(story, &plane, &mut daemons)?;
 
-    story.chapter(&format!("{} simulated nodes, and {} watches of them", options.nodes, options.watches));
+    story.chapter("Nodes come and go in bursts");
     daemons.split_off(AGENTS.min(daemons.len())).iter().try_for_each(|daemon| daemon.kill())?;
     story.step(&format!("{} daemons stay", daemons.len()));
     let relay: NodeId = plane.mesh.relay_address.split('@').next().unwrap_or_default().parse()?;
+    let bursts = bursts::play(story, &plane, relay, &daemons)?;
+
+    story.chapter(&format!("{} simulated nodes, and {} watches of them", options.nodes, options.watches));
     let fleet = Fleet::new("sim", options.nodes, relay)?;
     let mut bill = Bill::begin(&plane, &daemons)?;
     let registered = register(story, &plane, &fleet, &daemons)?;
     bill.tell(story, "all of that")?;
-    wait_calm(&plane)?;
+    plane.wait_calm()?;
     bill.tell(story, "what followed until nothing more was written")?;
     let changes = changes(story, &plane, &fleet, options)?;
     bill.tell(story, &format!("{CHANGES} changes"))?;
 
-    story.chapter("Nodes come and go");
+    story.chapter("Single nodes come and go");
     let comings = comings(story, &plane, relay, &daemons)?;
     bill.tell(story, &format!("{COMINGS} comings and goings"))?;
     let memory = memory(story, &plane.controller, &daemons)?;
@@ -79,6 +76,7 @@ pub(in crate::scenario) fn play(stage: &mut Stage, story: &mut Story, options: &
         "nodes": options.nodes,
         "idle": idle,
         "gone_ms": in_millis(gone),
+        "bursts": bursts,
         "registered": registered,
         "changes": changes,
         "comings": comings,
@@ -89,16 +87,10 @@ pub(in crate::scenario) fn play(stage: &mut Stage, story: &mut Story, options: &
 fn start_daemons(stage: &mut Stage, story: &mut Story, plane: &Plane, count: u32) -> Result<Vec<Arc<Node>>> {
     let start = Instant::now();
     let names = (1..=count).map(|number| format!("node-{number}"));
-    let server = format!("https://{}:{}", plane.mesh.home.host().v4(), keystone_kubelab::PORT);
     let daemons = names.map(|name| {
-        plane.create_node(&name)?;
         let host = stage.public_host(&name)?;
-        let node = stage.install(&host, &name)?;
-        let kubeconfig = host.folder()?.join("kubeconfig");
-        plane.server.user(&name, Some("system:masters"))?.at(&server).write_kubeconfig(&kubeconfig)?;
-        let kubeconfig = kubeconfig.to_str().context("the scratch folder is UTF-8")?;
-        let coordination = ["--registry", "kubernetes", "--kubeconfig", kubeconfig];
-        node.up(&[&["--name", &name, "--network", &plane.mesh.network], &coordination[..]].concat())?;
+        let node = plane.enroll(stage, &host)?;
+        plane.up(&node)?;
         anyhow::Ok(node)
     });
     let daemons = daemons.collect::<Result<Vec<_>>>()?;
@@ -113,20 +105,8 @@ fn start_daemons(stage: &mut Stage, story: &mut Story, plane: &Plane, count: u32
     Ok(daemons)
 }
 
-/// Waits until nothing has been written to any Node for a while.
-fn wait_calm(plane: &Plane) -> Result<()> {
-    let mut last = (plane.server.metrics()?.writes("nodes"), Instant::now());
-    wait::until("nothing is written to Nodes", FLEET_PATIENCE, POLL * 5, || {
-        let writes = plane.server.metrics()?.writes("nodes");
-        if writes != last.0 {
-            last = (writes, Instant::now());
-        }
-        Ok((last.1.elapsed() > CALM).then_some(()))
-    })
-}
-
 fn idle(story: &mut Story, plane: &Plane, duration: Duration) -> Result<Value> {
-    wait_calm(plane)?;
+    plane.wait_calm()?;
     let usage = || Usage::of(plane.server.id().context("the API server runs")?);
     let (before, cpu) = (plane.server.metrics()?, usage()?.cpu);
     std::thread::sleep(duration);
@@ -171,16 +151,7 @@ fn register(story: &mut Story, plane: &Plane, fleet: &Fleet, daemons: &[Arc<Node
     let written = start.elapsed();
     story.step(&format!("all have published their records after {}", millis(written)));
     let all = fleet.names().count();
-    wait::until("all are approved", FLEET_PATIENCE, POLL * 5, || {
-        let approved = plane.server.with_client(admin, async |client| {
-            let listed = Api::<KubernetesNode>::all(client).list_metadata(&ListParams::default()).await?;
-            let annotations =
-                listed.items.into_iter().filter(|node| node.metadata.name.iter().any(|n| n.starts_with("sim-")));
-            let annotations = annotations.filter_map(|node| node.metadata.annotations);
-            Ok(annotations.filter(|all| all.contains_key("mesh.keystone.cluster/approval-signature")).count())
-        })?;
-        Ok((approved == all).then_some(()))
-    })?;
+    plane.wait_approved("sim-", all)?;
     let approved = start.elapsed();
     story.step(&format!("all are approved after {}", millis(approved)));
     for daemon in daemons {
