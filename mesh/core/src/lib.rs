@@ -21,6 +21,9 @@
 //! | [`throttle`] | how long a source that keeps failing has to wait |
 //! | [`plan`] | records and approvals to peers, allowed IPs, addresses and routes: one desired value, and its diff |
 //! | [`kernel`] | links, addresses, routes and rules: the diff from the present state to the desired one |
+//! | [`nftables`] | tables of the packet filter as values, and the steps from one to the next |
+//! | [`policy`] | NetworkPolicies: from what the cluster says to one node's table |
+//! | [`pods`] | what leaves the cluster is masqueraded |
 //! | [`allowed_ips`] | longest-prefix lookup |
 //! | [`path`] | which way a peer's packets go: relay first, then direct |
 //! | [`probe`] | the probe datagram, authenticated with a key that both ends derive |
@@ -43,10 +46,13 @@ pub mod key;
 pub mod ledger;
 pub mod mesh;
 pub mod network;
+pub mod nftables;
 pub mod node;
 pub mod path;
 pub mod plain_peer;
 pub mod plan;
+pub mod pods;
+pub mod policy;
 pub mod probe;
 pub mod relay;
 pub mod throttle;

@@ -6,7 +6,6 @@ pub mod access;
 pub mod watch;
 mod words;
 
-pub use keystone_mesh_api::errors::words;
 use kube::Error;
 
 use self::words::chain;

@@ -17,6 +17,8 @@ pub mod kube_api;
 pub mod lifeline;
 pub mod member;
 pub mod metrics;
+pub mod nftables;
+pub mod policy;
 pub mod preflight;
 pub mod quic;
 pub mod registry;

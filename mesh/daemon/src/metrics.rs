@@ -6,6 +6,7 @@
 
 pub mod daemon;
 pub mod gateway;
+pub mod policy;
 pub mod process;
 pub mod relay;
 

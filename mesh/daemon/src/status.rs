@@ -34,6 +34,9 @@ pub struct Status {
     pub data_plane: DataPlane,
     /// What the control side did.
     pub counts: Counts,
+    /// Network policies, where this node enforces them.
+    #[serde(default)]
+    pub network_policy: Option<NetworkPolicy>,
     /// The gateway, on the control plane.
     pub gateway: Option<GatewaySnapshot>,
     /// The relay inside this node, where it serves as one.
@@ -338,6 +341,38 @@ pub struct Counts {
     pub kernel_repairs: u64,
     /// Addresses, routes and rules that the kernel refused.
     pub kernel_errors: u64,
+}
+
+/// The enforcement of Kubernetes' network policies.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+pub struct NetworkPolicy {
+    /// `waiting` (nothing was applied yet), `current`, `stale` (what was heard last stays in force) or `failed`.
+    pub state: String,
+    /// Why it is not current.
+    pub reason: Option<String>,
+    /// Policies of the cluster.
+    pub policies: usize,
+    /// Those of them that could be read in part only.
+    pub faulty_policies: usize,
+    /// Pods of this node that policies isolate.
+    pub isolated_pods: usize,
+    /// Those of them that have no address yet.
+    pub waiting_pods: usize,
+    /// Transactions that the kernel took.
+    pub applies: u64,
+    /// Those that it refused.
+    pub errors: u64,
+    /// Those of them that put right what somebody else had changed.
+    pub repairs: u64,
+    /// How long the last took, in milliseconds, with what led to it.
+    pub apply_ms: Option<f64>,
+    /// Seconds since the kernel was last known to have what it should.
+    pub last_applied_s: Option<f64>,
+}
+
+impl NetworkPolicy {
+    /// Every word for a state.
+    pub const STATES: [&str; 4] = ["waiting", "current", "stale", "failed"];
 }
 
 /// What `/v1/peers` says.

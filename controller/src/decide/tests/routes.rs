@@ -1,5 +1,7 @@
 //! Which networks lead to whom, and what people wish.
 
+use keystone_mesh_core::annotations::{self, Writer};
+
 use super::world::*;
 use crate::view::{ROUTES_CONDITION, Settings, WISHES_CONDITION};
 

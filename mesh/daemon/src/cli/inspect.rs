@@ -5,7 +5,7 @@ use ipnet::IpNet;
 use super::output::{ago, bytes, print, print_json, table};
 use crate::config::Places;
 use crate::control::{self, Answer, Request, not_the_question};
-use crate::status::{Peer, PlainPeer, Registry, Status};
+use crate::status::{NetworkPolicy, Peer, PlainPeer, Registry, Status};
 
 /// Asks the daemon for its status.
 pub(super) async fn fetch(places: &Places) -> anyhow::Result<Status> {
@@ -67,6 +67,9 @@ fn head(status: &Status) -> String {
         }
         fact("registry", registry(&status.registry));
     }
+    if let Some(policy) = &status.network_policy {
+        fact("policy", network_policy(policy));
+    }
     for relay in &status.relays {
         let rtt = relay.rtt_ms.map_or(String::new(), |rtt| format!(", {rtt:.1} ms"));
         let why = relay.reason.as_ref().map_or(String::new(), |why| format!(": {why}"));
@@ -86,6 +89,19 @@ fn head(status: &Status) -> String {
         fact("drops", drops.join(", "));
     }
     text.push('\n');
+    text
+}
+
+/// The enforcement of network policies in a line.
+fn network_policy(policy: &NetworkPolicy) -> String {
+    let NetworkPolicy { state, policies, isolated_pods, .. } = policy;
+    let mut text = format!("{state}, {policies} network policies, {isolated_pods} pods here isolated");
+    if policy.waiting_pods > 0 {
+        text.push_str(&format!(", {} of them without an address yet", policy.waiting_pods));
+    }
+    if let Some(why) = &policy.reason {
+        text.push_str(&format!(": {why}"));
+    }
     text
 }
 

@@ -10,7 +10,6 @@ use keystone_mesh_core::plain_peer::SignedPlainPeer;
 use keystone_mesh_core::{NodeId, PublicKey, Via};
 
 use super::driver::{Driver, RegistryState};
-use crate::cni::installer::Installer;
 use crate::dataplane::{PeerStats, Stats};
 use crate::quic::relay_client::RelayState;
 use crate::registry::{Faults, MAX_FAULTS};
@@ -26,7 +25,8 @@ pub(super) fn status(driver: &Driver, now: Instant) -> Status {
     let peers = peers.map(|peer| describe_peer(driver, &peer, counted.get(&peer.key).copied(), now)).collect();
     let mut warnings = driver.keeper.warnings();
     warnings.extend(driver.uplink.registry.iter().flat_map(|registry| registry.warnings()));
-    warnings.extend(driver.pods.installer.iter().flat_map(Installer::problems));
+    warnings.extend(driver.pods.problems());
+    warnings.extend(driver.policy.iter().flat_map(|policy| policy.warnings()));
     warnings.extend(driver.mesh.unapproved_routes().map(|route| {
         format!(
             "the route to {route} is asked for and not approved; leave and join again with a token made with `token create \
@@ -44,6 +44,7 @@ pub(super) fn status(driver: &Driver, now: Instant) -> Status {
         fault_counts: faults.counts.into_iter().map(|(code, count)| (code.to_owned(), count)).collect(),
         data_plane: data_plane(driver, &stats),
         counts: counts(driver),
+        network_policy: driver.policy.as_ref().map(|policy| policy.status(now)),
         gateway: driver.uplink.gateway.as_ref().map(|gateway| gateway.snapshot()),
         relay_server: driver.uplink.relays.local().map(|relay| relay.snapshot()),
         warnings,

@@ -10,7 +10,7 @@ use keystone_mesh_core::gateway::{FromGateway, ToGateway, VERSION};
 use keystone_mesh_core::node::{NodeRecord, SignedApproval};
 use keystone_mesh_core::path::Nat;
 use keystone_mesh_core::relay::{AdmissionLimits, Rendezvous};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::Start;
@@ -102,7 +102,12 @@ pub(super) fn open_store(start: &Start, config: &Config) -> anyhow::Result<Optio
 }
 
 /// The one hub of this daemon, where it has access to Kubernetes of its own.
-fn open_hub(start: &Start, config: &Config, store: Option<&Arc<Store>>, seed: u64) -> anyhow::Result<Option<Arc<Hub>>> {
+fn open_hub(
+    start: &Start,
+    config: &Config,
+    store: Option<&Arc<Store>>,
+    seed: u64,
+) -> anyhow::Result<Option<(Arc<Hub>, Access)>> {
     let Some(network) = start.network.filter(|_| config.registry == Some(RegistryKind::Kubernetes)) else {
         return Ok(None);
     };
@@ -125,11 +130,12 @@ fn open_hub(start: &Start, config: &Config, store: Option<&Arc<Store>>, seed: u6
         }
     }
     let founder = store.is_some();
-    let hub = Hub::start(hub::Start { access, network, known, founder, first, pace: Pace::default(), seed });
+    let hub =
+        Hub::start(hub::Start { access: access.clone(), network, known, founder, first, pace: Pace::default(), seed });
     if let Some(store) = store {
         hub.set_document(store.network());
     }
-    Ok(Some(Arc::new(hub)))
+    Ok(Some((Arc::new(hub), access)))
 }
 
 /// Everything between this node and others that is not the data plane.
@@ -137,6 +143,8 @@ pub(super) struct Uplink {
     pub(super) endpoint: QuicEndpoint,
     pub(super) relays: Arc<RelayPool>,
     pub(super) registry: Option<Box<dyn Registry>>,
+    /// Access to Kubernetes, while there is some.
+    pub(super) access: watch::Receiver<Option<Access>>,
     /// On the control plane: what it knows and decides.
     pub(super) backend: Option<Arc<dyn Backend>>,
     /// And the gateway to that.
@@ -156,7 +164,8 @@ impl Uplink {
         let identity = start.secret.identity();
         let network = start.network;
         let seed = random_seed()?;
-        let hub = open_hub(start, config, store.as_ref(), seed)?;
+        let (hub, own_access) = open_hub(start, config, store.as_ref(), seed)?.unzip();
+        let mut access = watch::channel(own_access).1;
         let backend = store.as_ref().map(|store| -> Arc<dyn Backend> {
             match &hub {
                 Some(hub) => Arc::new(KubernetesBackend::new(hub.clone(), store.network())),
@@ -223,11 +232,13 @@ impl Uplink {
                     Box::new(GatewayRegistry::start(dial.clone(), invitation.take(), seed))
                 };
                 let own = handover::Own { network, name, identity: identity.id(), seed };
-                Some(Box::new(Handover::new(own, Box::new(open))))
+                let handover = Handover::new(own, Box::new(open));
+                access = handover.access();
+                Some(Box::new(handover))
             }
             (_, _, None) => None,
         };
-        Ok(Self { endpoint, relays, registry, backend, gateway, ways, serving })
+        Ok(Self { endpoint, relays, registry, access, backend, gateway, ways, serving })
     }
 
     /// The registry's kind, for status.

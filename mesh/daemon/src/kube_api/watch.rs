@@ -8,9 +8,9 @@
 //!        └─ told at each failure, pause ◄── silent for minutes: neither an event nor a bookmark
 //! ```
 //!
-//! Of each object only what the mesh reads is kept: its name, its version, our annotations, and a ConfigMap's data. The
-//! rest (managedFields are most of a Node's metadata) is skipped while it is parsed, and an object that does not parse
-//! is told and skipped by itself. No clock of the server is read.
+//! Of each object only what is read is kept: what that is, its type says. For the mesh it is an [`Object`]: its name, its
+//! version, our annotations, and a ConfigMap's data. The rest (managedFields are most of a Node's metadata) is skipped
+//! while it is parsed, and an object that does not parse is told and skipped by itself. No clock of the server is read.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -70,12 +70,13 @@ pub struct Collection {
     pub path: String,
     /// The one object that is of interest; none: all.
     pub name: Option<String>,
-    /// Whether the objects' data is wanted, beside their metadata.
+    /// Whether the whole objects are wanted, not their metadata alone.
     pub data: bool,
 }
 
 /// What is kept of an object.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(from = "Raw")]
 pub struct Object {
     /// `metadata.name`.
     pub name: String,
@@ -89,15 +90,15 @@ pub struct Object {
     pub data: BTreeMap<String, String>,
 }
 
-/// What a watch tells.
+/// What a watch tells of objects that are kept as `O`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Told {
+pub enum Told<O = Object> {
     /// Every object; what is not among them is not there.
-    Listed(Vec<Object>),
+    Listed(Vec<O>),
     /// An object came or changed.
-    Changed(Object),
+    Changed(O),
     /// An object went.
-    Deleted(Object),
+    Deleted(O),
     /// The watch runs again after it was lost, without a gap.
     Resumed,
     /// The collection cannot be heard, for this reason; followed by `Listed` or `Resumed` once it can.
@@ -111,18 +112,18 @@ pub enum Told {
 impl Object {
     /// Reads one object, as it stands in an answer of the API server.
     pub fn from_json(text: &str) -> Result<Self, serde_json::Error> {
-        serde_json::from_str::<Raw>(text).map(Self::from)
+        serde_json::from_str(text)
     }
 }
 
 /// Watches a collection until `tell` is closed, and tells what is heard under `label`.
-pub async fn run<L: Copy>(
+pub async fn run<L: Copy, O: DeserializeOwned + Clone>(
     access: Access,
     collection: Collection,
     pace: Pace,
     seed: u64,
     label: L,
-    tell: mpsc::Sender<(L, Told)>,
+    tell: mpsc::Sender<(L, Told<O>)>,
 ) {
     let closed = tell.clone();
     let request = Request::new(&collection.path);
@@ -151,13 +152,13 @@ fn draw_from(range: &RangeInclusive<u32>, random: u64) -> u32 {
     range.start() + u32::try_from((random >> 33) % span).expect("less than the span of a u32 range")
 }
 
-struct Watch<L> {
+struct Watch<L, O> {
     access: Access,
     collection: Collection,
     request: Request,
     pace: Pace,
     label: L,
-    tell: mpsc::Sender<(L, Told)>,
+    tell: mpsc::Sender<(L, Told<O>)>,
     /// From where to watch on; none: to be listed first.
     version: Option<String>,
     /// Whether it was told that the collection cannot be heard.
@@ -202,7 +203,7 @@ impl From<kube::Error> for End {
     }
 }
 
-impl<L: Copy> Watch<L> {
+impl<L: Copy, O: DeserializeOwned + Clone> Watch<L, O> {
     /// Lists where that is needed, and watches until the watch ends.
     async fn once(&mut self, life: u32, backoff: &mut Backoff) -> Result<End, End> {
         let client = self.access.client().await.map_err(|error| End::Failed(error.to_string()))?;
@@ -221,7 +222,7 @@ impl<L: Copy> Watch<L> {
             false => self.request.watch_metadata(&params, &version),
         };
         let request = request.map_err(|error| End::Failed(error.to_string()))?;
-        let opening = client.request_events::<Lenient<Raw>>(request);
+        let opening = client.request_events::<Lenient<O>>(request);
         let stream = tokio::time::timeout(self.pace.answer, opening).await.map_err(|_| self.no_answer())??;
         let mut events = pin!(stream);
         backoff.handle_connected(Instant::now());
@@ -281,28 +282,29 @@ impl<L: Copy> Watch<L> {
         }
     }
 
-    async fn lost(&mut self, told: Told, backoff: &mut Backoff) -> Option<Instant> {
+    async fn lost(&mut self, told: Told<O>, backoff: &mut Backoff) -> Option<Instant> {
         self.access.renew();
         self.lost = true;
         self.tell(told).await.ok()?;
         Some(backoff.handle_failure(Instant::now()))
     }
 
-    fn heard(&mut self, event: WatchEvent<Lenient<Raw>>) -> Result<Option<Told>, End> {
-        let (raw, tell): (_, fn(Object) -> Told) = match event {
-            WatchEvent::Added(raw) | WatchEvent::Modified(raw) => (raw, Told::Changed),
-            WatchEvent::Deleted(raw) => (raw, Told::Deleted),
+    fn heard(&mut self, event: WatchEvent<Lenient<O>>) -> Result<Option<Told<O>>, End> {
+        let (object, tell): (_, fn(O) -> Told<O>) = match event {
+            WatchEvent::Added(object) | WatchEvent::Modified(object) => (object, Told::Changed),
+            WatchEvent::Deleted(object) => (object, Told::Deleted),
             WatchEvent::Bookmark(bookmark) => {
                 self.version = Some(bookmark.metadata.resource_version);
                 return Ok(None);
             }
             WatchEvent::Error(status) => return Err(kube::Error::Api(status).into()),
         };
-        match raw.0 {
-            Ok(raw) => {
-                self.version = Some(raw.metadata.resource_version.clone());
-                Ok(Some(tell(raw.into())))
-            }
+        // The watch goes on behind an object that does not read, too.
+        if let Some(version) = object.version {
+            self.version = Some(version);
+        }
+        match object.read {
+            Ok(object) => Ok(Some(tell(object))),
             Err(error) => {
                 self.skipped(&error);
                 Ok(None)
@@ -311,7 +313,7 @@ impl<L: Copy> Watch<L> {
     }
 
     /// The collection's version and its objects.
-    async fn list(&self, client: &kube::Client) -> Result<(String, Vec<Object>), End> {
+    async fn list(&self, client: &kube::Client) -> Result<(String, Vec<O>), End> {
         let mut objects = Vec::new();
         let mut params = ListParams { limit: Some(PAGE), field_selector: self.selector(), ..ListParams::default() };
         loop {
@@ -321,11 +323,11 @@ impl<L: Copy> Watch<L> {
             };
             let asking = client.request_text(request.map_err(|error| End::Failed(error.to_string()))?);
             let text = tokio::time::timeout(self.pace.answer, asking).await.map_err(|_| self.no_answer())??;
-            let page: Page = serde_json::from_str(&text)
+            let page: Page<O> = serde_json::from_str(&text)
                 .map_err(|error| End::Failed(format!("the API server's list does not read: {error}")))?;
-            for raw in page.items.unwrap_or_default() {
-                match raw.0 {
-                    Ok(raw) => objects.push(raw.into()),
+            for object in page.items.unwrap_or_default() {
+                match object.read {
+                    Ok(object) => objects.push(object),
                     Err(error) => self.skipped(&error),
                 }
             }
@@ -336,7 +338,7 @@ impl<L: Copy> Watch<L> {
         }
     }
 
-    async fn tell(&self, told: Told) -> Result<(), End> {
+    async fn tell(&self, told: Told<O>) -> Result<(), End> {
         self.tell.send((self.label, told)).await.map_err(|_| End::Closed)
     }
 
@@ -354,29 +356,27 @@ impl<L: Copy> Watch<L> {
 }
 
 /// A value that reads or tells why not, without harm to what stands around it.
-struct Lenient<T>(Result<T, String>);
-
-impl<T> Clone for Lenient<T>
-where
-    T: Clone,
-{
-    fn clone(&self) -> Self {
-        Self(self.0.clone())
-    }
+#[derive(Clone)]
+struct Lenient<T> {
+    /// `metadata.resourceVersion`, where that reads.
+    version: Option<String>,
+    read: Result<T, String>,
 }
 
 impl<'de, T: DeserializeOwned> Deserialize<'de> for Lenient<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         // Through a value: an object of the wrong shape is then whole JSON all the same.
         let value = serde_json::Value::deserialize(deserializer)?;
-        Ok(Self(T::deserialize(value).map_err(|error| error.to_string())))
+        let version = value["metadata"]["resourceVersion"].as_str().map(str::to_owned);
+        Ok(Self { version, read: T::deserialize(value).map_err(|error| error.to_string()) })
     }
 }
 
 #[derive(Deserialize)]
-struct Page {
+#[serde(bound = "O: DeserializeOwned")]
+struct Page<O> {
     metadata: PageMeta,
-    items: Option<Vec<Lenient<Raw>>>,
+    items: Option<Vec<Lenient<O>>>,
 }
 
 #[derive(Deserialize)]
@@ -460,7 +460,7 @@ mod tests {
     fn of_an_object_only_what_is_ours_is_kept() {
         let text = r#"{"kind":"PartialObjectMetadata","metadata":{"name":"w","resourceVersion":"7","labels":{"a":"b"},
             "annotations":{"other":"x","mesh.keystone.cluster/seq":"3"},"managedFields":[{"manager":"kubelet"}]}}"#;
-        let object = Object::from(serde_json::from_str::<Raw>(text).unwrap());
+        let object = Object::from_json(text).unwrap();
         let annotations = BTreeMap::from([("mesh.keystone.cluster/seq".to_owned(), "3".to_owned())]);
         assert_eq!(object, Object { name: "w".into(), version: 7, annotations, ..Object::default() });
     }
@@ -470,11 +470,11 @@ mod tests {
         let text = r#"{"metadata":{"resourceVersion":"9","continue":""},"items":[
             {"metadata":{"name":"a","annotations":null}}, {"metadata":{"name":5}}, 7,
             {"metadata":{"name":"b","annotations":{"mesh.keystone.cluster/seq":3}}}, {"metadata":{"name":"c"}}]}"#;
-        let page: Page = serde_json::from_str(text).unwrap();
+        let page: Page<Object> = serde_json::from_str(text).unwrap();
         let names: Vec<_> =
-            page.items.unwrap().into_iter().filter_map(|raw| raw.0.ok()).map(|raw| raw.metadata.name).collect();
+            page.items.unwrap().into_iter().filter_map(|object| object.read.ok()).map(|object| object.name).collect();
         assert_eq!(names, ["a", "c"]);
-        let empty: Page = serde_json::from_str(r#"{"metadata":{"resourceVersion":"9"},"items":null}"#).unwrap();
+        let empty: Page<Object> = serde_json::from_str(r#"{"metadata":{"resourceVersion":"9"},"items":null}"#).unwrap();
         assert!(empty.items.is_none());
     }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use keystone_mesh_core::DropReason;
 
-use super::{Metric, Page, gateway, process, relay};
+use super::{Metric, Page, gateway, policy, process, relay};
 use crate::status::{Approval, NodeFault, Peer, Status};
 
 // --- the node ---
@@ -173,6 +173,9 @@ pub fn page(status: &Status, around: Around) -> Page {
         add_peers(&mut page, &status.peers, around.now);
     }
     process::add(&mut page);
+    if let Some(enforced) = &status.network_policy {
+        policy::add(&mut page, enforced, around.now);
+    }
     if let Some(served) = &status.gateway {
         gateway::add(&mut page, served);
     }

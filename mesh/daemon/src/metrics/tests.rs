@@ -33,6 +33,7 @@ fn table(metrics: &[Metric]) -> String {
 fn the_page_in_docs_has_the_very_tables() {
     for (name, metrics) in [
         ("daemon", &daemon::METRICS[..]),
+        ("policy", &policy::METRICS),
         ("gateway", &gateway::METRICS),
         ("relay", &relay::METRICS),
         ("process", &process::METRICS),
@@ -44,7 +45,7 @@ fn the_page_in_docs_has_the_very_tables() {
 
 #[test]
 fn names_are_of_the_conventions() {
-    let all = [&daemon::METRICS[..], &gateway::METRICS, &relay::METRICS, &process::METRICS].concat();
+    let all = [&daemon::METRICS[..], &policy::METRICS, &gateway::METRICS, &relay::METRICS, &process::METRICS].concat();
     let mut names = BTreeSet::new();
     for metric in all {
         let name = metric.name;
@@ -64,7 +65,7 @@ fn names(text: &str) -> BTreeSet<&str> {
 #[test]
 fn a_page_has_every_metric_that_is_described_and_no_other() {
     let text = daemon::page(&sample(), around(100)).render(Format::Text);
-    let all = [&daemon::METRICS[..], &gateway::METRICS, &relay::METRICS, &process::METRICS].concat();
+    let all = [&daemon::METRICS[..], &policy::METRICS, &gateway::METRICS, &relay::METRICS, &process::METRICS].concat();
     assert_eq!(names(&text), all.iter().map(|metric| metric.name).collect());
 
     let text = relay::page(&RelaySnapshot::default()).render(Format::Text);
@@ -92,6 +93,10 @@ fn values_are_in_base_units_and_what_did_not_happen_is_zero() {
         "keystone_mesh_registry_up{kind=\"embedded\"} 1.0",
         "keystone_mesh_registry_stale_seconds 0.0",
         "keystone_mesh_node_faults{code=\"record\"} 1.0",
+        "keystone_policy_policies 3.0",
+        "keystone_policy_apply_seconds 0.012",
+        "keystone_policy_last_applied_timestamp_seconds 999970.0",
+        "keystone_policy_state{state=\"stale\"} 0.0",
         "keystone_gateway_joins_total{code=\"accepted\"} 0.0",
         "keystone_gateway_joins_total{code=\"token-unknown\"} 2.0",
         "keystone_relay_dropped_datagrams_total{reason=\"quota\"} 0.0",

@@ -79,6 +79,8 @@ pub struct Handover {
     /// What takes over once it has told everything.
     next: Option<(Kind, Box<dyn Registry>)>,
     granted: Option<Granted>,
+    /// The access of that, for whoever else has a use for it.
+    access: watch::Sender<Option<Access>>,
     /// The token that the API server did not accept: it is not tried again.
     refused: Option<Zeroizing<String>>,
     record: Option<SignedRecord>,
@@ -94,9 +96,15 @@ impl Handover {
             current: (Kind::Gateway, gateway),
             next: None,
             granted: None,
+            access: watch::Sender::new(None),
             refused: None,
             record: None,
         }
+    }
+
+    /// The access that is granted, while it is.
+    pub fn access(&self) -> watch::Receiver<Option<Access>> {
+        self.access.subscribe()
     }
 
     /// Access was granted, or renewed. `known` is asked for what is known, where it begins.
@@ -112,8 +120,10 @@ impl Handover {
             return;
         }
         let (grants, latest) = watch::channel(grant);
+        let access = Access::granted(latest);
+        self.access.send_replace(Some(access.clone()));
         let hub = Arc::new(Hub::start(Start {
-            access: Access::granted(latest),
+            access,
             network: self.own.network,
             known: known(),
             founder: false,
@@ -141,6 +151,7 @@ impl Handover {
 
     fn back(&mut self, why: &str) {
         let Some(Granted { grants, .. }) = self.granted.take() else { return };
+        self.access.send_replace(None);
         self.refused = Some(grants.borrow().token.clone());
         tracing::info!(why, "back to the gateway");
         match self.current.0 {

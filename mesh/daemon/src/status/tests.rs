@@ -75,6 +75,13 @@ pub(crate) fn sample() -> Status {
             ..DataPlane::default()
         },
         counts: Counts { path_changes: 4, ..Counts::default() },
+        network_policy: Some(NetworkPolicy {
+            state: "current".into(),
+            policies: 3,
+            apply_ms: Some(12.0),
+            last_applied_s: Some(30.0),
+            ..NetworkPolicy::default()
+        }),
         gateway: Some(GatewaySnapshot {
             joins: BTreeMap::from([("token-unknown".to_owned(), 2)]),
             ..GatewaySnapshot::default()

@@ -1,0 +1,448 @@
+//! NetworkPolicies: heard from Kubernetes, compiled, and kept in the kernel.
+//!
+//! ```text
+//!   pods ─────────┐
+//!   namespaces ───┤                       ┌─ settled for a moment ─┐
+//!   policies ─────┼─► Store (cut down) ──►│ compile (core), apply  │──► table inet keystone-policy
+//!   own Node ─────┘                       └────────────────────────┘
+//!        ▲
+//!     access, while there is some
+//! ```
+//!
+//! Nothing is written before all four were heard once, and nothing is taken away when they are lost: what the kernel has
+//! stays in force while the API server is away, while the daemon is restarted, and after it was killed. A daemon that
+//! comes back reads what is there and changes what differs.
+
+mod objects;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+use keystone_mesh_core::policy::{self, Compiled, compile};
+use serde::de::DeserializeOwned;
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinHandle, JoinSet};
+
+use self::objects::{NamespaceObject, NodeObject, PodObject, PolicyObject, Store, first_faults};
+use crate::kube_api::access::Access;
+use crate::kube_api::watch::{self as collection, Collection, Pace, Told};
+use crate::nftables::{Applied, KernelTable, NftError};
+use crate::status::NetworkPolicy;
+
+/// How long changes are collected before they are applied: those of one deployment come together.
+const SETTLE: Duration = Duration::from_millis(20);
+/// How often it is looked whether somebody else changed the packet filter. Costs one system call.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
+/// After the kernel refused: the first pause, and the longest.
+const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+/// Events that wait; a watch that has more waits with them at its socket.
+const EVENTS: usize = 256;
+/// Faults of policies that are told each.
+const MAX_FAULTS: usize = 16;
+
+/// What an enforcer needs.
+#[derive(Debug)]
+pub struct Start {
+    /// The Node whose pods are here.
+    pub node: String,
+    /// Access to Kubernetes, while there is some.
+    pub access: watch::Receiver<Option<Access>>,
+    /// How patient the watches are.
+    pub pace: Pace,
+    /// Different daemons take different seeds.
+    pub seed: u64,
+}
+
+/// Keeps the kernel's table as the cluster's policies say, until it is dropped. The table stays.
+#[derive(Debug)]
+pub struct Enforcer {
+    task: JoinHandle<()>,
+    said: Arc<Mutex<Said>>,
+}
+
+/// What it says of itself.
+#[derive(Clone, Debug, Default)]
+struct Said {
+    status: NetworkPolicy,
+    faults: Vec<String>,
+    /// Why it cannot hear, by collection.
+    lost: BTreeMap<&'static str, String>,
+    /// What the kernel said last, where it refused.
+    refused: Option<String>,
+    applied: Option<Instant>,
+}
+
+impl Enforcer {
+    /// Starts to hear and to enforce.
+    pub fn start(start: Start) -> Self {
+        let said = Arc::new(Mutex::new(Said::default()));
+        let Start { node, access, pace, seed } = start;
+        let work = Work {
+            node,
+            pace,
+            seed,
+            said: said.clone(),
+            store: Store::default(),
+            own: Vec::new(),
+            kernel: None,
+            heard: Heard::default(),
+            changed: false,
+            due: None,
+            failures: 0,
+        };
+        Self { task: tokio::spawn(work.run(access)), said }
+    }
+
+    /// How it is.
+    pub fn status(&self, now: Instant) -> NetworkPolicy {
+        let said = self.said();
+        let last_applied_s = said.applied.map(|at| now.saturating_duration_since(at).as_secs_f64());
+        NetworkPolicy { last_applied_s, ..said.status.clone() }
+    }
+
+    /// What is not as it should be, a sentence each.
+    pub fn warnings(&self) -> Vec<String> {
+        let said = self.said();
+        let lost = said.lost.iter().map(|(what, why)| format!("network policies: {what} are not heard: {why}"));
+        let mut warnings: Vec<String> = said.refused.clone().into_iter().chain(lost).collect();
+        warnings.extend(said.faults.iter().cloned());
+        warnings
+    }
+
+    fn said(&self) -> std::sync::MutexGuard<'_, Said> {
+        self.said.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Enforcer {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Takes the policies' table away, where there is one. Blocks.
+pub fn remove() -> Result<bool, NftError> {
+    KernelTable::open(policy::TABLE)?.remove()
+}
+
+/// The collections, as they are told in words.
+const PODS: &str = "pods";
+const NAMESPACES: &str = "namespaces";
+const POLICIES: &str = "network policies";
+const NODE: &str = "this Node";
+
+/// Which collections were heard whole.
+#[derive(Clone, Copy, Debug, Default)]
+struct Heard {
+    pods: bool,
+    namespaces: bool,
+    policies: bool,
+    node: bool,
+}
+
+impl Heard {
+    fn all(self) -> bool {
+        self.pods && self.namespaces && self.policies && self.node
+    }
+}
+
+/// Something that a watch told.
+enum Input {
+    Pods(Told<PodObject>),
+    Namespaces(Told<NamespaceObject>),
+    Policies(Told<PolicyObject>),
+    Node(Told<NodeObject>),
+}
+
+/// The watches of one access.
+struct Feeds {
+    pods: mpsc::Receiver<((), Told<PodObject>)>,
+    namespaces: mpsc::Receiver<((), Told<NamespaceObject>)>,
+    policies: mpsc::Receiver<((), Told<PolicyObject>)>,
+    node: mpsc::Receiver<((), Told<NodeObject>)>,
+    /// Their end is the watches' end.
+    _tasks: JoinSet<()>,
+}
+
+impl Feeds {
+    fn open(access: &Access, node: &str, pace: &Pace, seed: u64) -> Self {
+        let mut opened = Opening { access, pace, seed, tasks: JoinSet::new() };
+        Self {
+            pods: opened.watch("/api/v1/pods", None),
+            namespaces: opened.watch("/api/v1/namespaces", None),
+            policies: opened.watch("/apis/networking.k8s.io/v1/networkpolicies", None),
+            node: opened.watch("/api/v1/nodes", Some(node)),
+            _tasks: opened.tasks,
+        }
+    }
+
+    /// Cancel-safe.
+    async fn next(&mut self) -> Option<Input> {
+        Some(tokio::select! {
+            told = self.pods.recv() => Input::Pods(told?.1),
+            told = self.namespaces.recv() => Input::Namespaces(told?.1),
+            told = self.policies.recv() => Input::Policies(told?.1),
+            told = self.node.recv() => Input::Node(told?.1),
+        })
+    }
+}
+
+struct Opening<'a> {
+    access: &'a Access,
+    pace: &'a Pace,
+    seed: u64,
+    tasks: JoinSet<()>,
+}
+
+impl Opening<'_> {
+    fn watch<O: DeserializeOwned + Clone + Send + 'static>(
+        &mut self,
+        path: &str,
+        name: Option<&str>,
+    ) -> mpsc::Receiver<((), Told<O>)> {
+        let (tell, told) = mpsc::channel(EVENTS);
+        let collection = Collection { path: path.to_owned(), name: name.map(str::to_owned), data: true };
+        self.seed = self.seed.wrapping_add(1);
+        self.tasks.spawn(collection::run(self.access.clone(), collection, self.pace.clone(), self.seed, (), tell));
+        told
+    }
+}
+
+struct Work {
+    node: String,
+    pace: Pace,
+    seed: u64,
+    said: Arc<Mutex<Said>>,
+    store: Store,
+    /// The prefixes of this node's pods.
+    own: Vec<IpNet>,
+    kernel: Option<KernelTable>,
+    heard: Heard,
+    /// Whether something was heard that the kernel does not have yet.
+    changed: bool,
+    due: Option<Instant>,
+    /// How often the kernel refused, one after the other.
+    failures: u32,
+}
+
+impl Work {
+    async fn run(mut self, mut access: watch::Receiver<Option<Access>>) {
+        let mut feeds = self.feeds(&mut access);
+        let mut look = tokio::time::interval(LOOK_EVERY);
+        loop {
+            let input = async {
+                match &mut feeds {
+                    Some(feeds) => feeds.next().await,
+                    None => std::future::pending().await,
+                }
+            };
+            let due = async {
+                match self.due {
+                    Some(due) => tokio::time::sleep_until(due.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let other_access = async {
+                // A daemon with access of its own keeps it.
+                if access.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            };
+            tokio::select! {
+                () = other_access => feeds = self.feeds(&mut access),
+                input = input => match input {
+                    Some(input) => self.hear(input),
+                    None => feeds = None,
+                },
+                () = due => self.enforce().await,
+                _ = look.tick() => self.look(),
+            }
+        }
+    }
+
+    fn feeds(&mut self, access: &mut watch::Receiver<Option<Access>>) -> Option<Feeds> {
+        let access = access.borrow_and_update().clone();
+        match access {
+            Some(access) => {
+                self.say(|said| drop(said.lost.clear()));
+                Some(Feeds::open(&access, &self.node, &self.pace, self.seed))
+            }
+            None => {
+                self.say(|said| {
+                    said.lost = BTreeMap::from([(POLICIES, "there is no access to Kubernetes".to_owned())])
+                });
+                None
+            }
+        }
+    }
+
+    fn hear(&mut self, input: Input) {
+        let changed = match input {
+            Input::Pods(told) => {
+                let heard = self.told(PODS, &told);
+                self.heard.pods |= heard;
+                match told {
+                    Told::Listed(pods) => {
+                        self.store.pods(pods);
+                        true
+                    }
+                    Told::Changed(pod) => self.store.pod(pod),
+                    Told::Deleted(pod) => self.store.pod_gone(&pod),
+                    Told::Absent | Told::Resumed | Told::Lost(_) | Told::Unauthorized(_) => false,
+                }
+            }
+            Input::Namespaces(told) => {
+                let heard = self.told(NAMESPACES, &told);
+                self.heard.namespaces |= heard;
+                match told {
+                    Told::Listed(namespaces) => {
+                        self.store.namespaces(namespaces);
+                        true
+                    }
+                    Told::Changed(namespace) => self.store.namespace(namespace),
+                    Told::Deleted(namespace) => self.store.namespace_gone(&namespace),
+                    Told::Absent | Told::Resumed | Told::Lost(_) | Told::Unauthorized(_) => false,
+                }
+            }
+            Input::Policies(told) => {
+                let heard = self.told(POLICIES, &told);
+                self.heard.policies |= heard;
+                match told {
+                    Told::Listed(policies) => {
+                        self.store.policies(policies);
+                        true
+                    }
+                    Told::Changed(policy) => self.store.policy(policy),
+                    Told::Deleted(policy) => self.store.policy_gone(&policy),
+                    Told::Absent | Told::Resumed | Told::Lost(_) | Told::Unauthorized(_) => false,
+                }
+            }
+            Input::Node(told) => {
+                let heard = self.told(NODE, &told);
+                self.heard.node |= heard;
+                match told {
+                    Told::Listed(nodes) => self.own(nodes.into_iter().flat_map(NodeObject::pod_cidrs).collect()),
+                    Told::Changed(node) => self.own(node.pod_cidrs()),
+                    // Its pods may still be here.
+                    Told::Deleted(_) | Told::Absent | Told::Resumed | Told::Lost(_) | Told::Unauthorized(_) => false,
+                }
+            }
+        };
+        self.changed |= changed;
+        if self.changed && self.heard.all() && self.due.is_none() {
+            self.due = Some(Instant::now() + SETTLE);
+        }
+    }
+
+    fn own(&mut self, prefixes: Vec<IpNet>) -> bool {
+        let changed = self.own != prefixes;
+        self.own = prefixes;
+        changed
+    }
+
+    /// Whether a collection was heard whole with this word; and whether it can be heard is told.
+    fn told<O>(&self, what: &'static str, told: &Told<O>) -> bool {
+        let why = match told {
+            Told::Changed(_) | Told::Deleted(_) => return false,
+            Told::Listed(_) | Told::Resumed => None,
+            Told::Absent => Some("the API server has no such thing".to_owned()),
+            Told::Lost(why) | Told::Unauthorized(why) => Some(why.clone()),
+        };
+        self.say(|said| match why {
+            None => drop(said.lost.remove(what)),
+            Some(why) => {
+                if said.lost.insert(what, why.clone()).is_none() {
+                    tracing::warn!(why, "{what} are not heard; the policies in force stay");
+                }
+            }
+        });
+        matches!(told, Told::Listed(_))
+    }
+
+    /// Looks whether the kernel still has what was applied.
+    fn look(&mut self) {
+        self.store.forget_unused();
+        let touched = self.kernel.as_mut().is_some_and(|kernel| !kernel.is_untouched());
+        if touched && self.heard.all() && self.due.is_none() {
+            self.due = Some(Instant::now());
+        }
+    }
+
+    async fn enforce(&mut self) {
+        let began = Instant::now();
+        let repair = !std::mem::take(&mut self.changed);
+        let (store, kernel) = (std::mem::take(&mut self.store), self.kernel.take());
+        let (node, own) = (self.node.clone(), self.own.clone());
+        // Milliseconds, and in a large cluster some hundred of them: not for a thread that others wait for.
+        let working = tokio::task::spawn_blocking(move || {
+            let Compiled { table, isolated, waiting } = compile(&store.cluster, &node, &own);
+            let kernel = kernel.map_or_else(|| KernelTable::open(policy::TABLE), Ok);
+            let (kernel, applied) = match kernel {
+                Ok(mut kernel) => {
+                    let applied = kernel.apply(table);
+                    (Some(kernel), applied)
+                }
+                Err(error) => (None, Err(error)),
+            };
+            (store, kernel, applied, (isolated, waiting))
+        });
+        let Ok((store, kernel, applied, pods)) = working.await else {
+            // The runtime ends.
+            return;
+        };
+        (self.store, self.kernel) = (store, kernel);
+        match applied {
+            Ok(applied) => {
+                (self.due, self.failures) = (None, 0);
+                self.applied(applied, pods, repair, began);
+            }
+            Err(error) => {
+                self.changed = true;
+                let pause = PAUSE.0.saturating_mul(1 << self.failures.min(5)).min(PAUSE.1);
+                self.failures += 1;
+                self.due = Some(Instant::now() + pause);
+                tracing::error!(%error, "the policies are not in force as they should be; trying again");
+                self.say(|said| {
+                    said.status.errors += 1;
+                    said.refused = Some(error.to_string());
+                });
+            }
+        }
+    }
+
+    fn applied(&self, applied: Applied, (isolated, waiting): (usize, usize), repair: bool, began: Instant) {
+        let took = began.elapsed();
+        if applied.changes > 0 {
+            tracing::debug!(?took, changes = applied.changes, bytes = applied.bytes, "network policies applied");
+        }
+        let policies = self.store.cluster.policies.len();
+        let (faulty, faults) = first_faults(&self.store.cluster, MAX_FAULTS);
+        self.say(|said| {
+            let status = &mut said.status;
+            status.policies = policies;
+            status.faulty_policies = faulty;
+            status.isolated_pods = isolated;
+            status.waiting_pods = waiting;
+            status.applies += u64::from(applied.changes > 0);
+            status.repairs += u64::from(repair && applied.changes > 0);
+            status.apply_ms = Some(took.as_secs_f64() * 1e3);
+            said.faults = faults;
+            said.refused = None;
+            said.applied = Some(Instant::now());
+        });
+    }
+
+    fn say(&self, change: impl FnOnce(&mut Said)) {
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut said);
+        let (state, reason) = match (said.applied, said.lost.values().next()) {
+            (_, _) if said.refused.is_some() => ("failed", said.refused.clone()),
+            (None, lost) => ("waiting", lost.cloned()),
+            (Some(_), Some(why)) => ("stale", Some(why.clone())),
+            (Some(_), None) => ("current", None),
+        };
+        (said.status.state, said.status.reason) = (state.to_owned(), reason);
+    }
+}
