@@ -132,18 +132,24 @@ impl Store {
     /// Everything that there is of a kind.
     pub(super) fn pods(&mut self, pods: Vec<PodObject>) {
         self.cluster.pods.clear();
-        pods.into_iter().for_each(|pod| drop(self.pod(pod)));
+        for pod in pods {
+            self.pod(pod);
+        }
         self.forget_unused();
     }
 
     pub(super) fn namespaces(&mut self, namespaces: Vec<NamespaceObject>) {
         self.cluster.namespaces.clear();
-        namespaces.into_iter().for_each(|namespace| drop(self.namespace(namespace)));
+        for namespace in namespaces {
+            self.namespace(namespace);
+        }
     }
 
     pub(super) fn policies(&mut self, policies: Vec<PolicyObject>) {
         self.cluster.policies.clear();
-        policies.into_iter().for_each(|policy| drop(self.policy(policy)));
+        for policy in policies {
+            self.policy(policy);
+        }
     }
 
     /// A pod came or changed. Whether that changes anything here: most changes are of its conditions.
@@ -170,8 +176,9 @@ impl Store {
     }
 
     pub(super) fn policy(&mut self, object: PolicyObject) -> bool {
-        let name = self.name(&object.metadata);
-        let policy = Policy::read(&object.spec);
+        let PolicyObject { metadata, spec } = object;
+        let name = self.name(&metadata);
+        let policy = Policy::read(&spec);
         for fault in &policy.faults {
             tracing::warn!(policy = %format!("{}/{}", name.0, name.1), "{fault}; what it would allow is not allowed");
         }
