@@ -3,7 +3,7 @@
 
 mod bursts;
 pub(super) mod outage;
-mod plane;
+pub(super) mod plane;
 pub(super) mod scale;
 
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
