@@ -56,12 +56,13 @@ fn peers(plan: &Plan) -> BTreeMap<PublicKey, PeerConfig> {
 /// What a plan wants of the kernel, and a kernel that holds its routes.
 fn kernel_state(plan: &Plan) -> (Desired, Actual) {
     const INDEX: u32 = 7;
-    let routes: Vec<Route> = plan.routes().map(|dst| Route { dst, mtu: None }).collect();
+    let routes: Vec<Route> = plan.routes().map(|dst| Route { dst, mtu: None, via: None }).collect();
     let held = routes.iter().map(|route| KernelRoute {
         dst: route.dst,
         metric: ROUTE_METRIC,
         protocol: ROUTE_PROTOCOL,
         link: Some(INDEX),
+        via: None,
         mtu: None,
     });
     let actual = Actual {

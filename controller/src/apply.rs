@@ -21,7 +21,7 @@ use crate::lease::Leadership;
 use crate::queue::Outcome;
 use crate::slim::SlimNode;
 use crate::watch::Object;
-use crate::words::words;
+use keystone_mesh_api::errors::words;
 
 /// A write that takes longer has failed. The API server gives itself 60 s, but whoever waits that long is better off
 /// with a fresh decision.

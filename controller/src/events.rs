@@ -20,7 +20,7 @@ use tokio::sync::mpsc;
 
 use crate::decide::{Event, Regarding};
 use crate::metrics::{ErrorLabels, Metrics};
-use crate::words::words;
+use keystone_mesh_api::errors::words;
 
 /// Events that wait; more are dropped and counted. A burst of 200 nodes brings some hundreds.
 const CHANNEL: usize = 1024;

@@ -21,7 +21,7 @@ use kube::Api;
 use kube::api::PostParams;
 use tokio::sync::watch;
 
-use crate::words::words;
+use keystone_mesh_api::errors::words;
 
 /// So long a Lease has to stand unchanged before another replica takes it; client-go's default.
 pub const DURATION: Duration = Duration::from_secs(15);

@@ -27,4 +27,3 @@ pub mod run;
 pub mod slim;
 pub mod view;
 pub mod watch;
-pub mod words;

@@ -24,7 +24,7 @@ use crate::index::key_of;
 use crate::metrics::{self, ErrorLabels, Metrics};
 use crate::slim::SlimNode;
 use crate::view::{CloudKind, Kind};
-use crate::words::words;
+use keystone_mesh_api::errors::words;
 
 /// Objects per page of a list: some 15 KB each, as Nodes are, make 3 MB.
 const PAGE_SIZE: u32 = 200;

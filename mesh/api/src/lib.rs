@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod errors;
 mod resources;
 
 pub use resources::{

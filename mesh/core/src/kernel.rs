@@ -21,6 +21,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 
@@ -108,6 +109,9 @@ pub struct Route {
     pub dst: IpNet,
     /// The path MTU towards it in bytes; none leaves it to the interface.
     pub mtu: Option<u32>,
+    /// A neighbour on a network of the host's own through which it is reached plainly. Where it is none, the mesh is
+    /// the way, as it is without one.
+    pub via: Option<IpAddr>,
 }
 
 /// What the kernel holds, as far as it concerns the mesh. Foreign state is in it too; [`diff`] knows what is ours.
@@ -151,6 +155,8 @@ pub struct KernelRoute {
     pub protocol: u8,
     /// The interface it leads to directly; none for every other kind (a gateway, several next hops, a blackhole).
     pub link: Option<u32>,
+    /// The gateway that it leads to, where it is one.
+    pub via: Option<IpAddr>,
     /// Its path MTU in bytes, where it has one.
     pub mtu: Option<u32>,
 }
@@ -364,11 +370,17 @@ fn installable_routes(
     actual: &Actual,
     carried: impl Fn(Family) -> bool,
     warnings: &mut BTreeSet<Warning>,
-) -> BTreeMap<IpNet, Option<u32>> {
+) -> BTreeMap<IpNet, Route> {
     if !desired.up {
         return BTreeMap::new();
     }
-    let mut wanted: BTreeMap<IpNet, Option<u32>> = desired.routes.iter().map(|r| (r.dst.trunc(), r.mtu)).collect();
+    let way = |route: &Route| {
+        let dst = route.dst.trunc();
+        let via =
+            route.via.filter(|via| Family::of(&(*via).into()) == Family::of(&dst) && on_link(*via, &actual.others));
+        (dst, Route { dst, mtu: route.mtu, via })
+    };
+    let mut wanted: BTreeMap<IpNet, Route> = desired.routes.iter().map(way).collect();
     // By destination: a large mesh has thousands of routes, and each looks here.
     let foreign: BTreeMap<IpNet, u8> = actual
         .routes
@@ -384,6 +396,14 @@ fn installable_routes(
         stands
     });
     wanted
+}
+
+/// Whether an address is a neighbour's: in a network of an interface that is up, and not the host's own.
+fn on_link(address: IpAddr, others: &[HostInterface]) -> bool {
+    let up = others.iter().filter(|interface| interface.up);
+    let mut networks = up.flat_map(|interface| &interface.addresses).map(|address| address.net);
+    let neighbour = |net: IpNet| net.prefix_len() < net.max_prefix_len() && net.contains(&address);
+    networks.clone().any(neighbour) && !networks.any(|net| net.addr() == address)
 }
 
 /// The host's network that a route would take away. A single address is none: the kernel answers for its own addresses
@@ -404,15 +424,19 @@ fn covered_network(route: &IpNet, others: &[HostInterface]) -> Option<Warning> {
 }
 
 /// What to remove, and what to add or change.
-fn routes(wanted: &BTreeMap<IpNet, Option<u32>>, actual: &Actual, index: u32) -> (Vec<KernelOp>, Vec<KernelOp>) {
+fn routes(wanted: &BTreeMap<IpNet, Route>, actual: &Actual, index: u32) -> (Vec<KernelOp>, Vec<KernelOp>) {
     let in_place = |route: &KernelRoute| route.metric == ROUTE_METRIC && wanted.contains_key(&route.dst);
     let removed = own_routes(actual).filter(|route| !in_place(route)).map(KernelOp::RemoveRoute).collect();
 
     let present: BTreeMap<IpNet, KernelRoute> = own_routes(actual).filter(in_place).map(|r| (r.dst, r)).collect();
-    let set = wanted.iter().filter_map(|(&dst, &mtu)| match present.get(&dst) {
-        None => Some(KernelOp::AddRoute(Route { dst, mtu })),
-        Some(route) if route.link == Some(index) && route.mtu == mtu => None,
-        Some(_) => Some(KernelOp::ReplaceRoute(Route { dst, mtu })),
+    let leads_there = |route: &KernelRoute, wanted: &Route| match wanted.via {
+        Some(_) => route.via == wanted.via,
+        None => route.link == Some(index),
+    };
+    let set = wanted.iter().filter_map(|(dst, wanted)| match present.get(dst) {
+        None => Some(KernelOp::AddRoute(*wanted)),
+        Some(route) if leads_there(route, wanted) && route.mtu == wanted.mtu => None,
+        Some(_) => Some(KernelOp::ReplaceRoute(*wanted)),
     });
     (removed, set.collect())
 }

@@ -28,6 +28,7 @@ use ipnet::IpNet;
 use self::peer::{Peer, Way};
 pub use self::words::{Counters, Hint, Output, Own, PeerStatus, ProbeRefusal};
 use crate::io::{PeerConfig, PeerOp, Via};
+use crate::kernel::Route;
 use crate::key::{NodeId, PublicKey};
 use crate::network::Network;
 use crate::node::{Approval, Entry, NodeName, NodeRecord};
@@ -81,7 +82,9 @@ pub struct Mesh {
     published: Option<NodeRecord>,
     relays_told: Vec<RelayAddr>,
     names_told: BTreeSet<HostPort>,
-    kernel_told: Option<(Vec<IpNet>, Vec<IpNet>)>,
+    kernel_told: Option<(Vec<IpNet>, Vec<Route>)>,
+    /// A path changed, and with it perhaps who is reached plainly.
+    ways_changed: bool,
     outputs: VecDeque<Output>,
     agents_made: u64,
 }
@@ -117,6 +120,7 @@ impl Mesh {
             relays_told: Vec::new(),
             names_told: BTreeSet::new(),
             kernel_told: None,
+            ways_changed: false,
             outputs: VecDeque::new(),
             agents_made: 0,
         }
@@ -199,6 +203,14 @@ impl Mesh {
             return;
         }
         self.set_network(network);
+    }
+
+    /// Whether packets to pods go through the mesh from here on.
+    pub fn set_pod_routes(&mut self, routed: bool) {
+        if self.own.pod_routes != routed {
+            self.own.pod_routes = routed;
+            self.stale = self.stale.max(Stale::Entries);
+        }
     }
 
     // --- inputs: where this node is ---
@@ -361,6 +373,9 @@ impl Mesh {
     /// What is to be done. Ends with [`Output::Timeout`] or [`Output::Idle`].
     pub fn poll_output(&mut self, now: Instant) -> Output {
         self.follow(now);
+        if std::mem::take(&mut self.ways_changed) {
+            self.tell_kernel();
+        }
         if let Some(output) = self.outputs.pop_front() {
             return output;
         }
@@ -459,6 +474,7 @@ impl Mesh {
                         self.outputs.push_back(Output::StartHandshake(key));
                     }
                     peer.selected = via;
+                    self.ways_changed |= self.own.lan_routes;
                 }
                 path::Output::Timeout { at, reason } => {
                     peer.deadline = Some(at);

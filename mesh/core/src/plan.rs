@@ -120,6 +120,8 @@ pub struct Plan {
     pub addresses: Vec<IpNet>,
     /// Networks of this node's pods.
     pub pod_cidrs: Vec<IpNet>,
+    /// Where people say that this node stands.
+    pub location: Option<Location>,
     /// The relays that people tell this node to listen on; empty: all of the network's.
     pub relays: Vec<NodeId>,
     /// Every peer that may be spoken to.
@@ -183,6 +185,7 @@ pub fn plan(
             None if record.identity == me => {
                 plan.addresses = among(&granted, &approval.addresses);
                 plan.pod_cidrs = among(&granted, &approval.pod_cidrs);
+                plan.location.clone_from(&approval.location);
                 plan.relays.clone_from(&approval.relays);
             }
             None => drop(plan.members.insert(record.public_key, member(network, record, approval, granted))),

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use keystone_mesh_core::node::NodeName;
 use tokio::sync::mpsc;
 
+use crate::cni::service::PodService;
 use crate::config::{Config, Places};
 use crate::control::{self, Answer, Call, ControlError, Request};
 use crate::http::{HttpServer, listen, pages};
@@ -45,6 +46,8 @@ pub struct Agent {
     pub account: ServiceAccount,
     /// The Node.
     pub name: NodeName,
+    /// How the daemon is to serve pods.
+    pub pods: PodService,
     /// How long the host's daemon is waited for.
     pub patience: Duration,
 }
@@ -85,6 +88,7 @@ impl Agent {
     async fn hand_over(&self) -> Result<String, Trouble> {
         let grant = self.account.grant(self.name.to_string()).map_err(|error| Trouble::Other(error.to_string()))?;
         self.ask(&Request::UseKubernetes { grant }).await?;
+        self.ask(&Request::ServePods { service: self.pods }).await?;
         let Answer::Status(status) = self.ask(&Request::Status).await? else {
             return Err(Trouble::Other("the daemon answered something else than was asked".into()));
         };

@@ -11,4 +11,18 @@
 
 pub mod facts;
 pub mod installer;
+pub mod kernel;
 pub mod layout;
+pub mod service;
+pub mod sysctl;
+
+use std::sync::{Mutex, PoisonError};
+
+/// Keeps what was said last. Every problem is logged once, when it comes.
+fn tell(problems: &Mutex<Vec<String>>, said: Vec<String>) {
+    let mut known = problems.lock().unwrap_or_else(PoisonError::into_inner);
+    for problem in said.iter().filter(|problem| !known.contains(problem)) {
+        tracing::warn!("{problem}");
+    }
+    *known = said;
+}

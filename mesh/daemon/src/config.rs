@@ -146,6 +146,9 @@ pub struct Options {
     /// Whether packets to pods go through the mesh [default: false with the modes helper and underlay, else true]
     #[arg(long, env = "KEYSTONE_MESH_POD_ROUTES", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     pub pod_routes: Option<bool>,
+    /// Reach pods of nodes of the same location over the network that both hosts are on, without encryption [default: false]
+    #[arg(long, env = "KEYSTONE_MESH_LAN_ROUTES", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    pub lan_routes: Option<bool>,
     /// Enforce Kubernetes' network policies for the pods of this node, by nftables [default: false]
     #[arg(long, env = "KEYSTONE_MESH_NETWORK_POLICY", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     pub network_policy: Option<bool>,
@@ -255,6 +258,8 @@ pub struct Config {
     pub cni: installer::Settings,
     /// Whether packets to pods go through the mesh.
     pub pod_routes: bool,
+    /// Whether pods of nodes of the same location are reached without the mesh.
+    pub lan_routes: bool,
     /// Whether network policies are enforced here.
     pub network_policy: bool,
     /// Own addresses for plain WireGuard peers.
@@ -334,6 +339,7 @@ impl Config {
                 plugin: options.cni_plugin,
                 facts: options.cni_facts,
             },
+            lan_routes: options.lan_routes.unwrap_or(false),
             network_policy: options.network_policy.unwrap_or(false),
             addresses: options.addresses,
             private_key,
@@ -370,6 +376,7 @@ fn merge(over: Options, base: Options) -> Options {
         cni_plugin: over.cni_plugin.or(base.cni_plugin),
         cni_facts: over.cni_facts.or(base.cni_facts),
         pod_routes: over.pod_routes.or(base.pod_routes),
+        lan_routes: over.lan_routes.or(base.lan_routes),
         network_policy: over.network_policy.or(base.network_policy),
         addresses: base.addresses,
         private_key_file: base.private_key_file,

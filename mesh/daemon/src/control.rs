@@ -16,6 +16,7 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, Buf
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::cni::service::PodService;
 use crate::kube_api::access::Grant;
 use crate::status::{Condition, Status};
 
@@ -67,6 +68,11 @@ pub enum Request {
     },
     /// Back to the gateway.
     WithdrawKubernetes,
+    /// Serve pods so, where the daemon's own configuration does not say how.
+    ServePods {
+        /// How.
+        service: PodService,
+    },
     /// Leave the network, clean up and stop.
     Leave {
         /// Also where the control plane cannot be told.

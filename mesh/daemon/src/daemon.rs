@@ -31,7 +31,8 @@ use tokio::sync::{mpsc, oneshot};
 use self::driver::{Driver, Pods};
 use self::uplink::Uplink;
 use crate::cni::facts::FactsFile;
-use crate::cni::installer::{self, Installer};
+use crate::cni::installer;
+use crate::cni::service::Told;
 use crate::config::{Config, OnStop, Places, RegistryKind};
 use crate::control::{self, Answer};
 use crate::dataplane::{self, DataPlane, RelaySink};
@@ -131,7 +132,7 @@ pub async fn run(places: &Places, config: Config, token: Option<Token>) -> anyho
     let removed = if gone { keeper::remove(&interface).await } else { Ok(()) };
     let removed = match &end {
         Ok(End::Left(_)) => {
-            FactsFile::remove(&places.facts());
+            forget_pods(places);
             removed.and(installer::withdraw(&config.cni))
         }
         Ok(End::Stopped | End::InterfaceLost | End::PutOut(_)) | Err(_) => removed,
@@ -184,7 +185,8 @@ async fn run_once(places: &Places, config: Config, token: Option<Token>, stop: &
     let (calls_in, calls) = mpsc::channel(CALLS);
     let serving = tokio::spawn(control::serve(listener, calls_in.clone()));
 
-    let mesh = Mesh::new(own(&start, &config, key.clone())?);
+    let pods = Pods::start(&config, places);
+    let mesh = Mesh::new(own(&start, &config, pods.service.routes, key.clone())?);
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         name = start.name.as_ref().map(NodeName::as_str),
@@ -194,8 +196,6 @@ async fn run_once(places: &Places, config: Config, token: Option<Token>, stop: &
         "daemon started"
     );
     let local = Local { plane, port, public_key: key.public_key(), started };
-    let installer = Installer::start(&config.cni, places.facts());
-    let pods = Pods { facts: FactsFile::open(places.facts()), installer };
     let mut driver = Driver::new(start, config, mesh, local, uplink, keeper, pods);
     driver.serve_status(calls_in);
     driver.enforce_policies();
@@ -301,7 +301,7 @@ fn open_plane(
     Ok((plane, claim))
 }
 
-fn own(start: &Start, config: &Config, key: keystone_mesh_core::PrivateKey) -> anyhow::Result<Own> {
+fn own(start: &Start, config: &Config, pod_routes: bool, key: keystone_mesh_core::PrivateKey) -> anyhow::Result<Own> {
     let mut seed = [0; 32];
     getrandom::fill(&mut seed).context("no randomness")?;
     Ok(Own {
@@ -311,7 +311,8 @@ fn own(start: &Start, config: &Config, key: keystone_mesh_core::PrivateKey) -> a
         relays: start.token.as_ref().map(|token| relays_of(&token.rendezvous)).unwrap_or_default(),
         mtu: config.mtu,
         routes: config.routes.clone(),
-        pod_routes: config.pod_routes,
+        pod_routes,
+        lan_routes: config.lan_routes,
         addresses: config.addresses.clone(),
         seed,
     })
@@ -320,6 +321,12 @@ fn own(start: &Start, config: &Config, key: keystone_mesh_core::PrivateKey) -> a
 /// What a snapshot says about peers, as the machine takes it.
 fn hints(snapshot: &Snapshot) -> impl Iterator<Item = Hint> + '_ {
     snapshot.live.iter().map(|live| Hint { peer: live.key, direct: live.direct })
+}
+
+/// What was told to pods and about them ends with the membership.
+fn forget_pods(places: &Places) {
+    FactsFile::remove(&places.facts());
+    Told::in_directory(&places.run_dir).forget();
 }
 
 /// Leaves while no daemon runs: tells the control plane, cleans up, forgets.
@@ -342,7 +349,7 @@ pub async fn leave_offline(places: &Places, interface: &str, cni_conf_dir: &Path
         }
     }
     keeper::remove(interface).await?;
-    FactsFile::remove(&places.facts());
+    forget_pods(places);
     installer::withdraw_from(cni_conf_dir)?;
     Ok(state.forget()?)
 }

@@ -5,6 +5,7 @@
 pub mod access;
 pub mod watch;
 
+pub use keystone_mesh_api::errors::words;
 use kube::Error;
 
 /// The HTTP status with which the API server answered, where it did.

@@ -119,6 +119,7 @@ pub async fn answer(backend: &dyn Backend, request: Request) -> Answer {
         | Request::Connect { .. }
         | Request::Leave { .. }
         | Request::UseKubernetes { .. }
+        | Request::ServePods { .. }
         | Request::WithdrawKubernetes => Err(anyhow::anyhow!("this needs the running daemon")),
     };
     answer.unwrap_or_else(|error: anyhow::Error| Answer::Failed { message: format!("{error:#}") })

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use serde::Serialize;
 
@@ -22,6 +23,31 @@ const CAP_NET_ADMIN: u32 = 12;
 /// All checks of the host; changes nothing.
 pub fn host() -> Vec<Finding> {
     vec![net_admin(), tun(), ipv6()]
+}
+
+/// Whether somebody's firewall drops what this host forwards for its pods, as Docker and ufw do. No table of ours can undo
+/// that. Nothing is said where `iptables` is not there to be asked.
+pub fn forwarding(interface: &str) -> Vec<Finding> {
+    let asked = ["iptables", "ip6tables"].into_iter().filter_map(|program| {
+        let output =
+            Command::new(program).args(["-S", "FORWARD"]).output().ok().filter(|done| done.status.success())?;
+        Some((program, String::from_utf8_lossy(&output.stdout).into_owned()))
+    });
+    asked.filter_map(|(program, rules)| dropped(program, &rules, interface)).collect()
+}
+
+fn dropped(program: &str, rules: &str, interface: &str) -> Option<Finding> {
+    let drops = rules.lines().any(|line| line.trim() == "-P FORWARD DROP");
+    let accepts = |line: &str| line.contains(interface) && line.ends_with("-j ACCEPT");
+    if !drops || rules.lines().any(accepts) {
+        return None;
+    }
+    let says = format!(
+        "the policy of {program}'s chain FORWARD is DROP (Docker and ufw do that), so packets of pods may be dropped here: \
+         `{program} -I FORWARD -i {interface} -j ACCEPT; {program} -I FORWARD -o {interface} -j ACCEPT`, with Docker into \
+         DOCKER-USER; with ufw DEFAULT_FORWARD_POLICY=\"ACCEPT\" in /etc/default/ufw"
+    );
+    Some(Finding { check: "forward", ok: false, says })
 }
 
 /// The failed checks that make a start impossible, as one error.
@@ -71,4 +97,19 @@ fn ipv6() -> Finding {
         Err(_) => "the kernel has no IPv6: the mesh carries IPv4 alone",
     };
     Finding { check: "ipv6", ok: matches!(off, Ok(false)), says: says.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_firewall_that_drops_what_is_forwarded_is_named_with_the_remedy() {
+        let docker = "-P FORWARD DROP\n-A FORWARD -j DOCKER-USER\n-A FORWARD -o docker0 -j ACCEPT\n";
+        let found = dropped("iptables", docker, "ksmesh0").unwrap();
+        assert!(found.says.contains("iptables -I FORWARD -i ksmesh0 -j ACCEPT") && found.says.contains("ufw"));
+        for fine in ["-P FORWARD ACCEPT\n", "-P FORWARD DROP\n-A FORWARD -i ksmesh0 -j ACCEPT\n", ""] {
+            assert!(dropped("iptables", fine, "ksmesh0").is_none(), "{fine}");
+        }
+    }
 }

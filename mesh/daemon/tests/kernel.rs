@@ -99,9 +99,9 @@ fn desired() -> Desired {
         up: true,
         addresses: vec![net("10.98.0.3/16"), net("fd00:98::3/128")],
         routes: vec![
-            Route { dst: net("10.98.0.0/16"), mtu: None },
-            Route { dst: net("10.98.7.0/24"), mtu: Some(1300) },
-            Route { dst: net("fd00:98::/48"), mtu: None },
+            Route { dst: net("10.98.0.0/16"), mtu: None, via: None },
+            Route { dst: net("10.98.7.0/24"), mtu: Some(1300), via: None },
+            Route { dst: net("fd00:98::/48"), mtu: None, via: None },
         ],
         rule: true,
     }
@@ -363,7 +363,7 @@ fn a_route_over_the_hosts_own_network_is_refused() {
         uplink("eth0");
         ip("addr add 192.168.1.20/24 dev eth0");
         let mut desired = desired();
-        desired.routes.push(Route { dst: net("192.168.0.0/16"), mtu: None });
+        desired.routes.push(Route { dst: net("192.168.0.0/16"), mtu: None, via: None });
 
         let applied = KernelState::new(MESH).unwrap().apply(&desired).await.unwrap();
         let covered = Warning::RouteCoversLocalNetwork {
@@ -444,7 +444,7 @@ fn a_thousand_routes_are_applied_and_found_again() {
                 0 => format!("10.{}.{}.0/24", 100 + n / 256, n % 256),
                 _ => format!("fd00:98:{n:x}::/64"),
             };
-            Route { dst: net(&dst), mtu: None }
+            Route { dst: net(&dst), mtu: None, via: None }
         });
         let many = Desired { routes: routes.collect(), ..desired() };
         let state = KernelState::new(MESH).unwrap();

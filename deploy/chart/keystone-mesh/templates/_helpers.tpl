@@ -63,6 +63,11 @@ holds the list to the code.
 ]
 {{- end }}
 
+{{/* Whether daemons enforce network policies: they do where the mesh is the pods' network. */}}
+{{- define "keystone-mesh.enforces" -}}
+{{- if and (eq .Values.cni.mode "pod-network") .Values.cni.networkPolicy }}true{{ end }}
+{{- end }}
+
 {{/*
 What the agent needs to keep the host's CNI directories, and only where a mode is set: their places in the pod, and with the
 pods' network in our hands the host's switches for forwarding, which a container otherwise sees read-only.
@@ -76,6 +81,9 @@ pods' network in our hands the host's switches for forwarding, which a container
 {{- if ne $.Values.agent.runDir "/run/keystone-mesh" }}
 - {name: KEYSTONE_MESH_CNI_FACTS, value: {{ $.Values.agent.runDir }}/pods.json}
 {{- end }}
+{{- end }}
+{{- if include "keystone-mesh.enforces" $ }}
+- {name: KEYSTONE_MESH_NETWORK_POLICY, value: "true"}
 {{- end }}
 {{- if ne (toString .podRoutes) "<nil>" }}
 - {name: KEYSTONE_MESH_POD_ROUTES, value: {{ .podRoutes | quote }}}

@@ -12,11 +12,18 @@ fn net(text: &str) -> IpNet {
 }
 
 fn route(dst: &str, mtu: Option<u32>) -> Route {
-    Route { dst: net(dst), mtu }
+    Route { dst: net(dst), mtu, via: None }
 }
 
 fn own(dst: &str) -> KernelRoute {
-    KernelRoute { dst: net(dst), metric: ROUTE_METRIC, protocol: ROUTE_PROTOCOL, link: Some(INDEX), mtu: None }
+    KernelRoute {
+        dst: net(dst),
+        metric: ROUTE_METRIC,
+        protocol: ROUTE_PROTOCOL,
+        link: Some(INDEX),
+        via: None,
+        mtu: None,
+    }
 }
 
 fn own_rule(family: Family) -> KernelRule {
@@ -103,7 +110,10 @@ impl Actual {
     }
 
     fn add_route(&mut self, route: Route) {
-        self.routes.push(KernelRoute { mtu: route.mtu, ..own(&route.dst.to_string()) });
+        // A gateway is taken only where the host reaches it by itself.
+        assert!(route.via.is_none_or(|via| on_link(via, &self.others)), "ENETUNREACH: {route:?}");
+        let link = Some(INDEX).filter(|_| route.via.is_none());
+        self.routes.push(KernelRoute { mtu: route.mtu, link, via: route.via, ..own(&route.dst.to_string()) });
     }
 
     fn foreign(&self) -> (Vec<KernelRoute>, Vec<KernelRule>, Vec<HostInterface>) {
@@ -130,6 +140,34 @@ fn a_fresh_interface_is_built_from_the_link_up_to_the_rule() {
             KernelOp::AddRule(Family::V6),
         ]
     );
+}
+
+#[test]
+fn a_neighbour_is_the_way_while_it_is_on_a_network_of_this_host_and_the_mesh_otherwise() {
+    let mut wanted = desired();
+    wanted.routes.push(Route { via: Some("192.168.1.7".parse().unwrap()), ..route("10.42.1.0/24", None) });
+    let pods = Route { via: Some("192.168.1.7".parse().unwrap()), ..route("10.42.1.0/24", None) };
+    let through_mesh = route("10.42.1.0/24", None);
+    let mut kernel = settled();
+    for (others, expected) in [
+        (vec![], KernelOp::AddRoute(through_mesh)),
+        (vec![local("eth0", "192.168.1.2/24")], KernelOp::ReplaceRoute(pods)),
+        (vec![HostInterface { up: false, ..local("eth0", "192.168.1.2/24") }], KernelOp::ReplaceRoute(through_mesh)),
+        (vec![local("eth0", "192.168.1.2/24")], KernelOp::ReplaceRoute(pods)),
+        // The address is this host's own, or of another network.
+        (vec![local("eth0", "192.168.1.7/24")], KernelOp::ReplaceRoute(through_mesh)),
+    ] {
+        kernel.others = others;
+        let ops = diff(&wanted, &kernel).ops;
+        assert_eq!(ops, [expected]);
+        kernel.apply_all(&ops);
+        assert_eq!(diff(&wanted, &kernel).ops, []);
+    }
+    kernel.others = vec![local("eth0", "192.168.2.2/24")];
+    assert_eq!(diff(&wanted, &kernel).ops, []);
+    wanted.routes.last_mut().unwrap().via = Some("fd00::7".parse().unwrap());
+    kernel.others = vec![local("eth0", "fd00::2/64")];
+    assert_eq!(diff(&wanted, &kernel).ops, [], "a neighbour of the other family leads nowhere");
 }
 
 #[test]
@@ -374,8 +412,10 @@ fn prefixes() -> impl Strategy<Value = IpNet> {
 }
 
 fn desires() -> impl Strategy<Value = Desired> {
-    let routes = vec((prefixes(), proptest::option::of(1280_u32..1283)), 0..8)
-        .prop_map(|routes| routes.into_iter().map(|(dst, mtu)| Route { dst, mtu }).collect());
+    let via = prop_oneof![Just(None), Just(Some("10.98.1.77")), Just(Some("fd00:98:0:1::77")), Just(Some("192.0.2.1"))];
+    let via = via.prop_map(|via| via.map(|text| text.parse().unwrap()));
+    let routes = vec((prefixes(), proptest::option::of(1280_u32..1283), via), 0..8)
+        .prop_map(|routes| routes.into_iter().map(|(dst, mtu, via)| Route { dst, mtu, via }).collect());
     (1280_u32..1283, any::<bool>(), vec(prefixes(), 0..4), routes, any::<bool>())
         .prop_map(|(mtu, up, addresses, routes, rule)| Desired { mtu, up, addresses, routes, rule })
 }
@@ -397,7 +437,7 @@ fn kernels() -> impl Strategy<Value = Actual> {
                 .map(|(dst, metric, protocol, link)| {
                     // The kernel takes routes away with their interface, so foreign ones here lead elsewhere.
                     let link = link.filter(|_| protocol == ROUTE_PROTOCOL);
-                    KernelRoute { dst, metric, protocol, link, mtu: None }
+                    KernelRoute { dst, metric, protocol, link, via: None, mtu: None }
                 })
                 .collect();
             routes.sort_unstable_by_key(|r| (r.dst, r.metric));

@@ -1,7 +1,7 @@
 //! How the [machine](super) follows what it knows: the plan, and its difference to what was told before.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -10,6 +10,7 @@ use ipnet::IpNet;
 use super::peer::{Peer, Way};
 use super::{Mesh, Output, Stale};
 use crate::io::{PeerConfig, PeerOp, Via};
+use crate::kernel::Route;
 use crate::key::{NodeId, PublicKey};
 use crate::network::Network;
 use crate::node::{MAX_ENDPOINTS, NodeRecord};
@@ -62,6 +63,7 @@ impl Mesh {
         self.tell_relays();
         self.tell_names();
         self.tell_kernel();
+        let everybody = everybody || (self.own.lan_routes && self.plan.location != before.location);
         let changed = |plan: &Plan, key: &PublicKey| {
             plan.members.get(key) != before.members.get(key) || plan.served.get(key) != before.served.get(key)
         };
@@ -128,13 +130,16 @@ impl Mesh {
                 }
             }
             self.set_relays(key, now);
-            if let Some(Peer { way: Way::Agent(agent), config, wanted, fresh, .. }) = self.peers.get_mut(&key)
-                && std::mem::take(fresh)
-            {
-                if config.identity == control_plane {
-                    agent.set_eager(true, now);
-                } else if *wanted {
-                    agent.handle_demand(now);
+            // Without probes nobody would notice that a neighbour's pods, which need no path, are out of reach.
+            let here = self.plan.members.get(&key).is_some_and(|member| self.stands_here(member));
+            if let Some(Peer { way: Way::Agent(agent), config, wanted, fresh, .. }) = self.peers.get_mut(&key) {
+                let eager = config.identity == control_plane || here;
+                match std::mem::take(fresh) {
+                    true if eager => agent.set_eager(true, now),
+                    true if *wanted => agent.handle_demand(now),
+                    true => {}
+                    false if self.own.lan_routes => agent.set_eager(eager, now),
+                    false => {}
                 }
             }
             self.drain(key, now);
@@ -224,14 +229,35 @@ impl Mesh {
 
     pub(super) fn tell_kernel(&mut self) {
         let plain = self.plain.values().flat_map(|config| &config.allowed_ips).copied();
-        let mut routes: Vec<IpNet> = self.plan.routes().chain(plain).collect();
-        routes.sort_unstable();
-        routes.dedup();
+        let mut ways: BTreeMap<IpNet, Option<IpAddr>> =
+            self.plan.routes().chain(plain).map(|net| (net, None)).collect();
+        for (key, member) in &self.plan.members {
+            let Some(neighbour) = self.neighbour(key, member) else { continue };
+            for net in member.pod_cidrs.iter().filter(|net| net.addr().is_ipv4() == neighbour.is_ipv4()) {
+                ways.entry(*net).and_modify(|via| *via = Some(neighbour));
+            }
+        }
+        let routes = ways.into_iter().map(|(dst, via)| Route { dst, mtu: None, via }).collect();
         let told = (self.addresses(), routes);
         if self.kernel_told.as_ref() != Some(&told) {
             self.kernel_told = Some(told.clone());
             self.outputs.push_back(Output::Kernel { addresses: told.0, routes: told.1 });
         }
+    }
+
+    /// Whether people say that a member stands where this node does, and its pods may be reached plainly.
+    pub(super) fn stands_here(&self, member: &Member) -> bool {
+        self.own.lan_routes && member.location.is_some() && member.location == self.plan.location
+    }
+
+    /// The address of a member on a network that it shares with this node: where its direct path leads, if that is an
+    /// address of its own host. One that is a router's in front of it has no route to its pods.
+    fn neighbour(&self, key: &PublicKey, member: &Member) -> Option<IpAddr> {
+        let Some(Via::Direct(addr)) = self.peers.get(key)?.selected.filter(|_| self.stands_here(member)) else {
+            return None;
+        };
+        let own = |candidate: &Candidate| candidate.kind == CandidateKind::Host && candidate.addr.ip() == addr.ip();
+        member.candidates.iter().any(own).then_some(addr.ip())
     }
 
     /// Agents must not share transaction ids, nor reuse those of an earlier start.

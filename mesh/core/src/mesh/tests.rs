@@ -20,6 +20,8 @@ struct Node {
     paths: BTreeMap<PublicKey, Option<Via>>,
     handshakes: Vec<PublicKey>,
     routes: Vec<IpNet>,
+    /// Those that do not go through the mesh.
+    plainly: BTreeMap<IpNet, IpAddr>,
     addresses: Vec<IpNet>,
     relays: Vec<RelayAddr>,
     names: BTreeSet<HostPort>,
@@ -38,6 +40,7 @@ impl Node {
             mtu: MTU,
             routes: vec![],
             pod_routes: true,
+            lan_routes: false,
             addresses: vec![],
             seed: [byte; 32],
         };
@@ -48,6 +51,7 @@ impl Node {
             paths: BTreeMap::new(),
             handshakes: vec![],
             routes: vec![],
+            plainly: BTreeMap::new(),
             addresses: vec![],
             relays: vec![],
             names: BTreeSet::new(),
@@ -75,7 +79,11 @@ impl Node {
                         }
                     }
                 }
-                Output::Kernel { addresses, routes } => (self.addresses, self.routes) = (addresses, routes),
+                Output::Kernel { addresses, routes } => {
+                    self.addresses = addresses;
+                    self.routes = routes.iter().map(|route| route.dst).collect();
+                    self.plainly = routes.iter().filter_map(|route| Some((route.dst, route.via?))).collect();
+                }
                 Output::Relays(relays) => self.relays = relays,
                 Output::Names(names) => self.names = names,
                 Output::SetPath { peer, via } => {
@@ -687,4 +695,107 @@ fn a_pod_cidr_that_moves_is_never_sent_to_two_and_in_the_end_to_the_right_one_in
             assert_eq!(node.routes.iter().filter(|net| net.contains(&cidr)).count(), 1);
         }
     }
+}
+
+/// Nodes 2 and 3 with pods in both families, at these locations.
+fn neighbours(here: &str, there: &str) -> Vec<Entry> {
+    let of = |byte: u8, name: &str, cidrs: &[&str], location: &str, serial: u64| {
+        let entry = pods(byte, name, cidrs, serial);
+        let location = Some(location.parse().unwrap());
+        let approval = Approval { location, ..entry.approval.unwrap().get().clone() };
+        Entry { approval: Some(approval.sign(&secret(1).identity())), record: entry.record }
+    };
+    vec![of(2, "worker-1", &["10.42.2.0/24"], here, 5), of(3, "worker-2", &["10.42.3.0/24", "fd00:3::/64"], there, 5)]
+}
+
+/// The two nodes at their host addresses, and a clock that has run until their paths are found.
+fn on_one_lan(entries: &[Entry], lan_routes: bool, now: Instant) -> (Node, Node, Instant) {
+    let mut nodes = [Node::new(2, "worker-1"), Node::new(3, "worker-2")];
+    for (node, host) in nodes.iter_mut().zip(["192.168.1.2:51840", "192.0.2.7:51840"]) {
+        node.mesh.own.lan_routes = lan_routes;
+        node.mesh.handle_host_addresses(vec![host.parse().unwrap()], now);
+        node.mesh.handle_snapshot(network(1), entries.to_vec(), []);
+        node.drain(now);
+    }
+    let [mut one, mut other] = nodes;
+    one.mesh.handle_demand(&key(3), now);
+    other.mesh.handle_demand(&key(2), now);
+    let until = now + Duration::from_secs(5);
+    let at = run_wire(&mut one, &mut other, now, until, true);
+    (one, other, at)
+}
+
+/// Carries probes between two nodes until then; `open`: or swallows them.
+fn run_wire(one: &mut Node, other: &mut Node, mut now: Instant, until: Instant, open: bool) -> Instant {
+    let addrs: [SocketAddr; 2] = ["192.168.1.2:51840", "192.0.2.7:51840"].map(|addr| addr.parse().unwrap());
+    while now < until {
+        let due = [one.drain(now), other.drain(now)].into_iter().flatten().min();
+        let sent = [std::mem::take(&mut one.sent), std::mem::take(&mut other.sent)];
+        let idle = sent.iter().all(Vec::is_empty);
+        for (from, probes) in sent.into_iter().enumerate() {
+            for (_, via, bytes) in probes {
+                let to = 1 - from;
+                if open && via == Via::Direct(addrs[to]) {
+                    let receiver = if to == 0 { &mut *one } else { &mut *other };
+                    receiver.mesh.handle_probe(Via::Direct(addrs[from]), None, &bytes, now).unwrap();
+                }
+            }
+        }
+        if idle {
+            now = due.map_or(until, |due| due.max(now + Duration::from_millis(1)).min(until));
+            one.mesh.handle_timeout(now);
+            other.mesh.handle_timeout(now);
+        }
+    }
+    one.drain(now);
+    other.drain(now);
+    now
+}
+
+#[test]
+fn pods_of_a_neighbour_in_the_same_location_are_reached_plainly_while_its_own_address_answers() {
+    let cidr: IpNet = "10.42.3.0/24".parse().unwrap();
+    let start = Instant::now();
+    let (mut one, mut other, now) = on_one_lan(&neighbours("home/attic", "home/attic"), true, start);
+    let via: IpAddr = "192.0.2.7".parse().unwrap();
+    assert_eq!(one.plainly, BTreeMap::from([(cidr, via)]), "IPv6 has no probed address, so it stays in the mesh");
+    assert!(one.peers[&key(3)].allowed_ips.contains(&cidr), "the mesh stays ready to carry them");
+
+    // An hour without a packet through the mesh: the neighbour is asked on.
+    let now = run_wire(&mut one, &mut other, now, now + Duration::from_secs(3600), true);
+    assert_eq!(one.plainly.len(), 1);
+
+    // The neighbour's address answers no more: the mesh takes over, and gives back when it does.
+    let now = run_wire(&mut one, &mut other, now, now + Duration::from_secs(30), false);
+    assert!(one.plainly.is_empty() && one.routes.contains(&cidr));
+    let now = run_wire(&mut one, &mut other, now, now + Duration::from_secs(120), true);
+    assert_eq!(one.plainly.len(), 1);
+
+    // It moves house, and later this node does too.
+    let moved = |here, there| {
+        neighbours(here, there).into_iter().map(|entry| {
+            let approval = Approval { serial: 9, ..entry.approval.unwrap().get().clone() };
+            Entry { approval: Some(approval.sign(&secret(1).identity())), record: entry.record }
+        })
+    };
+    moved("home/attic", "office").for_each(|entry| one.mesh.handle_entry(entry));
+    one.drain(now);
+    assert!(one.plainly.is_empty());
+}
+
+#[test]
+fn nobody_is_reached_plainly_unless_asked_for_and_at_an_address_of_its_own_in_the_same_location() {
+    let now = Instant::now();
+    let (off, _, _) = on_one_lan(&neighbours("home", "home"), false, now);
+    assert!(off.paths[&key(3)].is_some() && off.plainly.is_empty(), "without the option");
+    let (apart, _, _) = on_one_lan(&neighbours("home", "office"), true, now);
+    assert!(apart.paths[&key(3)].is_some() && apart.plainly.is_empty(), "in another place");
+
+    // Its router forwards the port: the address is not its own, and leads to no pods.
+    let mut entries = neighbours("home", "home");
+    let mut record = entries[1].record.get().clone();
+    record.endpoints = vec!["host 10.0.0.9:51840".parse().unwrap(), "configured 192.0.2.7:51840".parse().unwrap()];
+    entries[1].record = record.sign(&secret(3).identity());
+    let (routed, _, _) = on_one_lan(&entries, true, now);
+    assert!(routed.paths[&key(3)].is_some() && routed.plainly.is_empty(), "behind a router");
 }

@@ -7,6 +7,7 @@ use std::time::Instant;
 use ipnet::IpNet;
 
 use crate::io::{PeerOp, Via};
+use crate::kernel::Route;
 use crate::key::{NodeId, PrivateKey, PublicKey};
 use crate::node::{Location, NodeName, NodeRecord};
 use crate::path::{self, TimeoutReason};
@@ -30,6 +31,8 @@ pub struct Own {
     pub routes: Vec<IpNet>,
     /// Whether packets to pods go through the mesh; otherwise another pod network carries them.
     pub pod_routes: bool,
+    /// Whether pods of nodes of the same location are reached plainly, over the network that both hosts are on.
+    pub lan_routes: bool,
     /// Addresses on the interface beside those of the network, for plain peers.
     pub addresses: Vec<IpNet>,
     /// Fresh randomness of this start of the daemon.
@@ -45,8 +48,8 @@ pub enum Output {
     Kernel {
         /// Addresses of the interface.
         addresses: Vec<IpNet>,
-        /// What is reached through it.
-        routes: Vec<IpNet>,
+        /// What is reached through it, or plainly through a neighbour.
+        routes: Vec<Route>,
     },
     /// Keep connections to these relays, and to no others.
     Relays(Vec<RelayAddr>),

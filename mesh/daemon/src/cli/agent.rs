@@ -5,6 +5,7 @@ use anyhow::Context as _;
 use super::AgentArgs;
 use crate::agent::{self, Agent};
 use crate::cni::installer::Installer;
+use crate::cni::service::PodService;
 use crate::config::{Config, Places, RegistryKind};
 use crate::kube_api::access::ServiceAccount;
 use crate::{daemon, member};
@@ -16,7 +17,8 @@ pub(super) async fn run(places: &Places, args: AgentArgs) -> anyhow::Result<()> 
     let account = ServiceAccount::in_directory(&args.service_account)?;
     let patience = std::time::Duration::from_secs(args.host_patience);
     let installer = Installer::start(&config.cni, places.facts());
-    let agent = Agent { places: places.clone(), account: account.clone(), name, patience };
+    let agent =
+        Agent { places: places.clone(), account: account.clone(), name, pods: PodService::of(&config), patience };
     match agent.serve(&config).await? {
         agent::End::Stopped => Ok(()),
         agent::End::NoHost => {

@@ -14,6 +14,9 @@ pub(super) async fn run(places: &Places, json: bool) -> anyhow::Result<ExitCode>
     findings.extend(state(places));
     let status = match fetch(places).await {
         Ok(status) => {
+            if !status.node.pod_cidrs.is_empty() {
+                findings.extend(preflight::forwarding(&status.node.interface));
+            }
             findings.extend(daemon(&status));
             Some(status)
         }
@@ -33,7 +36,7 @@ pub(super) async fn run(places: &Places, json: bool) -> anyhow::Result<ExitCode>
 
 /// Whether it is good to know, but nothing that this host has to have put right.
 fn is_note(finding: &Finding) -> bool {
-    matches!(finding.check, "ipv6" | "other node")
+    matches!(finding.check, "ipv6" | "other node" | "forward")
 }
 
 fn state(places: &Places) -> Vec<Finding> {

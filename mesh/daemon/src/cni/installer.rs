@@ -18,6 +18,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::task::JoinHandle;
 
 use super::layout::{Decision, Found, Layout, Mode, Op, PLUGIN, PORTMAP, Wanted, is_configuration};
+use super::tell;
 use crate::sys::reactor;
 
 /// Without any sign of a change the directories are looked at so often: one may not have been there to be watched.
@@ -120,15 +121,6 @@ async fn run(mut work: Work, problems: Arc<Mutex<Vec<String>>>) {
             () = tokio::time::sleep_until(until.into()) => {}
         }
     }
-}
-
-/// Every problem is logged once, when it comes.
-fn tell(problems: &Mutex<Vec<String>>, said: Vec<String>) {
-    let mut known = problems.lock().unwrap_or_else(PoisonError::into_inner);
-    for problem in said.iter().filter(|problem| !known.contains(problem)) {
-        tracing::warn!("{problem}");
-    }
-    *known = said;
 }
 
 /// One node's directories.

@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use keystone_mesh_core::kernel::{Desired, Route};
 use keystone_mesh_core::mesh::{Counters, Mesh, Output, with_port};
 use keystone_mesh_core::network::SignedNetwork;
@@ -20,7 +21,10 @@ use super::{End, Local, Start, hints, report};
 use crate::clock::unix_now_ms;
 use crate::cni::facts::FactsFile;
 use crate::cni::installer::Installer;
-use crate::config::Config;
+use crate::cni::kernel::{PodKernel, Wanted};
+use crate::cni::layout::Mode;
+use crate::cni::service::{PodService, Told};
+use crate::config::{Config, Places};
 use crate::control::{Answer, Call, Request};
 use crate::dataplane::DataEvent;
 use crate::http::{HttpServer, listen, pages};
@@ -34,7 +38,7 @@ use crate::registry::{self, Event};
 use crate::service::Service;
 use crate::signals::Stop;
 use crate::state::{LivePeer, Membership, Snapshot};
-use crate::status::Counts;
+use crate::status::{Counts, Status};
 
 /// Between two samples of the counters while there is traffic, as the path machine asks for.
 const SAMPLE: Duration = Duration::from_millis(100);
@@ -96,10 +100,51 @@ pub(super) struct Driver {
 
 /// What the daemon does for pods.
 pub(super) struct Pods {
+    /// How they are served.
+    pub(super) service: PodService,
+    /// What was told of that, where the configuration does not say it.
+    pub(super) told: Option<Told>,
     /// What they have to know of this node.
     pub(super) facts: FactsFile,
     /// The CNI directories' keeper, where there is one.
     pub(super) installer: Option<Installer>,
+    /// The keeper of what the kernel does for them.
+    pub(super) kernel: PodKernel,
+}
+
+impl Pods {
+    pub(super) fn start(config: &Config, places: &Places) -> Self {
+        let told = config.cni.mode.is_none().then(|| Told::in_directory(&places.run_dir));
+        let service = told.as_ref().and_then(Told::read).unwrap_or_else(|| PodService::of(config));
+        Self {
+            service,
+            told,
+            facts: FactsFile::open(places.facts()),
+            installer: Installer::start(&config.cni, places.facts()),
+            kernel: PodKernel::start(),
+        }
+    }
+
+    /// What is not as it should be.
+    pub(super) fn problems(&self) -> impl Iterator<Item = String> {
+        self.installer.iter().flat_map(Installer::problems).chain(self.kernel.problems())
+    }
+
+    /// What the kernel is to do for them.
+    fn wanted(&self, status: &Status) -> Wanted {
+        let node = &status.node;
+        match self.service.mode {
+            Mode::None | Mode::Helper | Mode::Underlay => Wanted::Nothing,
+            // After a start nothing is known for a moment, and what the kernel has is right.
+            Mode::PodNetwork if node.mesh_cidrs.is_empty() || node.pod_cidrs.is_empty() => Wanted::AsItIs,
+            Mode::PodNetwork => {
+                let others = status.peers.iter().flat_map(|peer| &peer.pod_cidrs);
+                let pods: Vec<IpNet> = node.pod_cidrs.iter().chain(others).copied().collect();
+                let cluster = pods.iter().chain(&node.mesh_cidrs).copied().collect();
+                Wanted::Pods { own: node.pod_cidrs.clone(), pods, cluster, interface: node.interface.clone() }
+            }
+        }
+    }
 }
 
 impl Driver {
@@ -180,14 +225,32 @@ impl Driver {
 
     /// Enforces network policies, or takes away what an earlier run that did has left.
     pub(super) fn enforce_policies(&mut self) {
-        match self.start.name.as_ref().filter(|_| self.config.network_policy) {
+        match self.start.name.as_ref().filter(|_| self.pods.service.policies) {
+            Some(_) if self.policy.is_some() => {}
             Some(name) => {
                 let access = self.uplink.access.clone();
                 let seed = u64::from(self.local.port) ^ unix_now_ms();
                 let start = policy::Start { node: name.to_string(), access, pace: Pace::default(), seed };
                 self.policy = Some(Enforcer::start(start));
             }
-            None => drop(tokio::task::spawn_blocking(policy::remove)),
+            None => {
+                self.policy = None;
+                drop(tokio::task::spawn_blocking(policy::remove));
+            }
+        }
+    }
+
+    /// The agent's pod says how pods are served. What this daemon was started with comes first.
+    fn serve_pods(&mut self, service: PodService) {
+        let Some(told) = self.pods.told.as_ref().filter(|_| self.pods.service != service) else { return };
+        tracing::info!(mode = ?service.mode, routes = service.routes, policies = service.policies, "pods are served");
+        told.write(service);
+        let policies_change = self.pods.service.policies != service.policies;
+        self.pods.service = service;
+        self.mesh.set_pod_routes(service.routes);
+        self.facts_due = true;
+        if policies_change {
+            self.enforce_policies();
         }
     }
 
@@ -457,7 +520,7 @@ impl Driver {
                     self.facts_due = true;
                     self.local.plane.apply(&ops);
                 }
-                Output::Kernel { addresses, routes } => self.set_kernel(addresses, &routes),
+                Output::Kernel { addresses, routes } => self.set_kernel(addresses, routes),
                 Output::Relays(relays) => {
                     self.uplink.relays.set_relays(&relays);
                     // The relay inside this node is always up for it.
@@ -496,9 +559,8 @@ impl Driver {
         }
     }
 
-    fn set_kernel(&mut self, addresses: Vec<ipnet::IpNet>, routes: &[ipnet::IpNet]) {
-        self.service_addresses = addresses.iter().map(ipnet::IpNet::addr).collect();
-        let routes = routes.iter().map(|dst| Route { dst: *dst, mtu: None }).collect();
+    fn set_kernel(&mut self, addresses: Vec<IpNet>, routes: Vec<Route>) {
+        self.service_addresses = addresses.iter().map(IpNet::addr).collect();
         self.keeper.set_desired(Desired { mtu: self.config.mtu.into(), up: true, addresses, routes, rule: true });
         self.listen_for_status();
     }
@@ -508,6 +570,7 @@ impl Driver {
         if std::mem::take(&mut self.facts_due) || self.pods.facts.again_at().is_some_and(|at| now >= at) {
             let status = report::status(self, now);
             self.pods.facts.update(&status, now);
+            self.pods.kernel.set(self.pods.wanted(&status));
         }
     }
 
@@ -603,6 +666,10 @@ impl Driver {
                 None => failed("this machine is not the control plane of its network; run this on that host".into()),
             },
             Request::UseKubernetes { grant } => self.use_kubernetes(grant),
+            Request::ServePods { service } => {
+                self.serve_pods(service);
+                Answer::Done
+            }
             Request::WithdrawKubernetes => {
                 if let Some(handover) = self.uplink.handover() {
                     handover.withdraw();

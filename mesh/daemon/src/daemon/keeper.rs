@@ -127,9 +127,11 @@ pub(super) fn start(interface: &str) -> anyhow::Result<Keeper> {
 
 /// Takes everything of ours away from the kernel.
 pub(super) async fn remove(interface: &str) -> anyhow::Result<()> {
-    // A kernel without nftables has no table to take away either.
-    if let Ok(Err(error)) = tokio::task::spawn_blocking(crate::policy::remove).await {
-        tracing::warn!(%error, "the table of network policies may be left");
+    // A kernel without nftables has no tables to take away either.
+    for remove in [crate::policy::remove, crate::cni::kernel::remove] {
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(remove).await {
+            tracing::warn!(%error, "a table of the packet filter may be left");
+        }
     }
     let applied = KernelState::new(interface)?.remove().await?;
     match applied.failures.into_iter().next() {

@@ -11,7 +11,6 @@ use keystone_mesh_core::plan::Fault;
 use keystone_mesh_core::{NodeId, PublicKey, Via};
 
 use super::driver::{Driver, RegistryState};
-use crate::cni::installer::Installer;
 use crate::dataplane::{PeerStats, Stats};
 use crate::quic::relay_client::RelayState;
 use crate::registry::{Faults, MAX_FAULTS};
@@ -27,7 +26,7 @@ pub(super) fn status(driver: &Driver, now: Instant) -> Status {
     let peers = peers.map(|peer| describe_peer(driver, &peer, counted.get(&peer.key).copied(), now)).collect();
     let mut warnings = driver.keeper.warnings();
     warnings.extend(driver.uplink.registry.iter().flat_map(|registry| registry.warnings()));
-    warnings.extend(driver.pods.installer.iter().flat_map(Installer::problems));
+    warnings.extend(driver.pods.problems());
     warnings.extend(driver.policy.iter().flat_map(|policy| policy.warnings()));
     warnings.extend(driver.mesh.unapproved_routes().map(|route| {
         format!(

@@ -9,7 +9,9 @@ use keystone_mesh_core::kernel::{
 };
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
-use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType,
+};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 
@@ -73,7 +75,17 @@ fn address_message(link: u32, net: IpNet) -> AddressMessage {
 
 fn route_message(link: u32, route: Route) -> RouteMessage {
     let mut message = own_route(route.dst, ROUTE_METRIC);
-    message.attributes.push(RouteAttribute::Oif(link));
+    match route.via {
+        None => message.attributes.push(RouteAttribute::Oif(link)),
+        // The host knows by which interface it reaches a neighbour. A gateway is no destination on the link itself.
+        Some(via) => {
+            message.header.scope = RouteScope::Universe;
+            message.attributes.push(RouteAttribute::Gateway(match via {
+                IpAddr::V4(v4) => RouteAddress::Inet(v4),
+                IpAddr::V6(v6) => RouteAddress::Inet6(v6),
+            }));
+        }
+    }
     message.attributes.extend(route.mtu.map(|mtu| RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)])));
     message
 }

@@ -145,6 +145,7 @@ fn route(message: &RouteMessage) -> Option<KernelRoute> {
     };
     let (mut table, mut metric, mut mtu, mut link) = (u32::from(message.header.table), 0, None, None);
     let mut indirect = message.header.kind != RouteType::Unicast;
+    let mut via = None;
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Destination(RouteAddress::Inet(addr)) => dst = (*addr).into(),
@@ -153,6 +154,8 @@ fn route(message: &RouteMessage) -> Option<KernelRoute> {
             RouteAttribute::Priority(priority) => metric = *priority,
             RouteAttribute::Oif(index) => link = Some(*index),
             RouteAttribute::Metrics(metrics) => mtu = metrics.iter().find_map(mtu_of),
+            RouteAttribute::Gateway(RouteAddress::Inet(addr)) => (via, indirect) = (Some((*addr).into()), true),
+            RouteAttribute::Gateway(RouteAddress::Inet6(addr)) => (via, indirect) = (Some((*addr).into()), true),
             RouteAttribute::Gateway(_) | RouteAttribute::Via(_) | RouteAttribute::MultiPath(_) => indirect = true,
             RouteAttribute::NhId(_) | RouteAttribute::Encap(_) => indirect = true,
             _ => {}
@@ -161,7 +164,7 @@ fn route(message: &RouteMessage) -> Option<KernelRoute> {
     let dst = IpNet::new(dst, length).ok()?;
     let link = link.filter(|_| !indirect);
     let protocol = message.header.protocol.into();
-    (table == TABLE).then_some(KernelRoute { dst, metric, protocol, link, mtu })
+    (table == TABLE).then_some(KernelRoute { dst, metric, protocol, link, via, mtu })
 }
 
 fn mtu_of(metric: &RouteMetric) -> Option<u32> {

@@ -77,6 +77,7 @@ fn values_reach_what_they_are_for() {
     }
     for part in [
         r#"{"name":"KEYSTONE_MESH_CNI_MODE","value":"pod-network"}"#,
+        r#"{"name":"KEYSTONE_MESH_NETWORK_POLICY","value":"true"}"#,
         r#"{"name":"KEYSTONE_MESH_CNI_CONF_DIR","value":"/host/cni/net.d"}"#,
         r#"{"mountPath":"/host/cni/bin","name":"cni-plugins"}"#,
         r#"{"path":"/var/lib/rancher/k3s/agent/etc/cni/net.d","type":"DirectoryOrCreate"}"#,
@@ -85,6 +86,10 @@ fn values_reach_what_they_are_for() {
         assert!(agent.contains(part), "{part} is not in {agent}");
     }
     assert!(!agent.contains("KEYSTONE_MESH_POD_ROUTES") && !agent.contains("CNI_FACTS"), "{agent}");
+    for account in ["keystone-mesh", "keystone-gateway"] {
+        let role = find(&home, "ClusterRole", account).unwrap().to_string();
+        assert!(role.contains("networkpolicies") && !MANIFESTS.contains("networkpolicies"), "{role}");
+    }
     assert!(!MANIFESTS.contains("cni"), "without a mode no directory of another network is mounted");
     assert!(find(&home, "Namespace", "keystone-mesh").is_none(), "Helm makes the namespace itself");
 
