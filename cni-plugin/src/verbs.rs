@@ -3,11 +3,12 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use serde_json::Value;
 
 use crate::attachment::Attachment;
 use crate::facts::{FactsError, PodFacts};
 use crate::ipam::{Pool, pools};
-use crate::spec::{Call, Code, Config, Error, Ipam, Result, Verb, Version};
+use crate::spec::{Call, Code, Config, Error, Ipam, Mode, Result, Verb, Version};
 
 mod add;
 mod check;
@@ -15,10 +16,6 @@ mod del;
 mod gc;
 mod helper;
 mod status;
-
-use serde_json::Value;
-
-use crate::spec::Mode;
 
 /// Does what a call asks. The answer goes to stdout; `Null` is no answer.
 pub fn run(call: &Call, config: &Config) -> Result<Value> {

@@ -3,7 +3,10 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::{Child, Command};
+use std::time::Duration;
 
+use keystone_lab::wait;
 use serde_json::{Value, json};
 
 use crate::runtime::{REFERENCE, Target, files, host_links, inside, ip, netns};
@@ -56,22 +59,13 @@ fn other_plugins_stand_behind_us() {
         // A pod behind another address of the host reaches the port.
         crate::runtime::ip_do(None, "address add 192.0.2.1/32 dev lo")?;
         ours().add(Target::of("c2", &b)).unwrap();
-        let server = std::process::Command::new("nsenter")
-            .args([&format!("--net={a}"), "busybox", "nc", "-l", "-p", "80", "-e", "echo", "hello"])
-            .spawn()?;
-        let mut server = scopeguard(server);
-        let heard = keystone_lab::wait::until(
-            "the pod's answer",
-            std::time::Duration::from_secs(20),
-            std::time::Duration::from_millis(100),
-            || {
-                let heard = inside(&b, "busybox nc -w 2 192.0.2.1 8080 </dev/null").unwrap_or_default();
-                Ok(heard.contains("hello").then_some(heard))
-            },
-        );
-        let _ended = server.0.kill();
-        let _reaped = server.0.wait();
-        heard?;
+        let mut server = Command::new("nsenter");
+        server.args([&format!("--net={a}"), "busybox", "nc", "-l", "-p", "80", "-e", "echo", "hello"]);
+        let _server = Server(server.spawn()?);
+        wait::until("the pod's answer", Duration::from_secs(20), Duration::from_millis(100), || {
+            let heard = inside(&b, "busybox nc -w 2 192.0.2.1 8080 </dev/null").unwrap_or_default();
+            Ok(heard.contains("hello").then_some(()))
+        })?;
 
         network.del(target, &result).unwrap();
         ours().del(Target::of("c2", &b), &Value::Null).unwrap();
@@ -79,13 +73,10 @@ fn other_plugins_stand_behind_us() {
     });
 }
 
-struct Ended(std::process::Child);
+/// A program that ends with the test.
+struct Server(Child);
 
-fn scopeguard(child: std::process::Child) -> Ended {
-    Ended(child)
-}
-
-impl Drop for Ended {
+impl Drop for Server {
     fn drop(&mut self) {
         let _ended = self.0.kill();
         let _reaped = self.0.wait();
