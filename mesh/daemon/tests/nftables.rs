@@ -70,6 +70,9 @@ fn everything() -> Table {
     let one = vec![
         Rule::new(vec![lookup(&[from], "pods"), lookup(&[protocol, port], "ports")], back(), "default/web"),
         Rule::new(vec![lookup(&[to, protocol, port], "named")], back(), ""),
+        Rule::new(vec![lookup(&[from], "pods"), Match::Ports { protocol: 6, low: 80, high: 80 }], back(), ""),
+        Rule::new(vec![Match::Ports { protocol: 17, low: 5000, high: 5010 }], back(), ""),
+        Rule::new(vec![Match::Ports { protocol: 132, low: 0, high: u16::MAX }], back(), ""),
         Rule::new(vec![Match::not_in(from6, "all")], Action::Verdict(Verdict::Drop), ""),
         Rule::new(vec![], Action::CountedDrop, "isolated"),
     ];
@@ -113,6 +116,9 @@ fn a_table_is_what_nft_lists() {
             "type nat hook postrouting priority srcnat; policy accept;",
             "ip saddr @pods meta l4proto . th dport @ports return comment \"default/web\"",
             "ip daddr . meta l4proto . th dport @named return",
+            "ip saddr @pods tcp dport 80 return",
+            "udp dport 5000-5010 return",
+            "meta l4proto sctp return",
             "ip6 saddr != @all drop",
             "counter packets 0 bytes 0 drop comment \"isolated\"",
             "ct state established,related accept",
