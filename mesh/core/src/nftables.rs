@@ -207,6 +207,15 @@ pub enum Match {
     Replies,
     /// It leaves by another interface than this.
     NotOutBy(String),
+    /// Its protocol is this one, and its destination port between these two, both included.
+    Ports {
+        /// The protocol's number; one that has ports.
+        protocol: u8,
+        /// The first port.
+        low: u16,
+        /// The last port.
+        high: u16,
+    },
     /// What the fields say, one after the other, is in the set; or, negated, is not. Negated or not, a packet that lacks a
     /// field does not match.
     In {
@@ -325,6 +334,9 @@ impl fmt::Display for Match {
         match self {
             Self::Replies => f.write_str("ct state established,related"),
             Self::NotOutBy(name) => write!(f, "oifname != {name:?}"),
+            Self::Ports { protocol, low: 0, high: u16::MAX } => write!(f, "meta l4proto {protocol}"),
+            Self::Ports { protocol, low, high } if low == high => write!(f, "meta l4proto {protocol} th dport {low}"),
+            Self::Ports { protocol, low, high } => write!(f, "meta l4proto {protocol} th dport {low}-{high}"),
             Self::In { fields, set, negated } => {
                 write!(f, "{} {}@{set}", Joined(fields), if *negated { "!= " } else { "" })
             }

@@ -11,6 +11,10 @@ use super::{Cluster, Direction, Name, NamedPort, Owners, Peer, Pod, Policy, Port
 use crate::kernel::Family;
 use crate::nftables::{self, Action, Chain, DataType, Element, Field, Hook, Match, Set, Table, Verdict, family_of};
 
+/// Ports of one rule of a policy that become rules by themselves. The kernel finds a set by going through all of them,
+/// when a rule that refers to it is made, and most policies name a port or two.
+const MAX_PORTS_IN_RULES: usize = 2;
+
 /// What one node has to enforce.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Compiled {
@@ -169,13 +173,13 @@ impl<'a> Compiler<'a> {
         let mut alternatives = Vec::new();
         let ports: Option<Vec<&Port>> = rule.ports.as_ref().map(|ports| ports.iter().collect());
         let by_number = match ports.as_deref() {
-            None => Some(vec![]),
-            Some(ports) => self.numbered(ports, own_ports).map(|set| vec![in_ports(set)]),
+            None => vec![None],
+            Some(ports) => self.by_number(&numbered(ports, own_ports)),
         };
-        if let Some(by_number) = by_number {
-            for mut matches in self.peers(direction, family, namespace, rule.peers.as_deref()) {
-                matches.extend(by_number.iter().cloned());
-                alternatives.push(matches);
+        if !by_number.is_empty() {
+            for matches in self.peers(direction, family, namespace, rule.peers.as_deref()) {
+                let with = |port: &Option<Match>| matches.iter().cloned().chain(port.clone()).collect();
+                alternatives.extend(by_number.iter().map(with));
             }
         }
         if direction == Direction::Egress {
@@ -191,34 +195,18 @@ impl<'a> Compiler<'a> {
         alternatives
     }
 
-    /// The set of ports that are numbers, and of names that are among `own`; none where nothing is left.
-    fn numbered(&mut self, ports: &[&Port], own: &[NamedPort]) -> Option<String> {
-        let mut by_protocol: BTreeMap<u8, Vec<Range>> = BTreeMap::new();
-        for port in ports {
-            match port {
-                Port::Range(protocol, low, high) => {
-                    by_protocol.entry(*protocol).or_default().push(((*low).into(), (*high).into()));
-                }
-                Port::Named(protocol, name) => {
-                    for port in own.iter().filter(|port| port.protocol == *protocol && port.name == *name) {
-                        by_protocol.entry(*protocol).or_default().push((port.port.into(), port.port.into()));
-                    }
-                }
-            }
+    /// Ranges of ports as alternatives: a few by themselves, and more in a set, which is one lookup.
+    fn by_number(&mut self, ranges: &[(u8, u16, u16)]) -> Vec<Option<Match>> {
+        if ranges.len() <= MAX_PORTS_IN_RULES {
+            let alone = |&(protocol, low, high): &(u8, u16, u16)| Some(Match::Ports { protocol, low, high });
+            return ranges.iter().map(alone).collect();
         }
-        let narrow = |port: u128| u16::try_from(port).unwrap_or(u16::MAX);
-        let elements: Vec<Element> = by_protocol
-            .into_iter()
-            .flat_map(|(protocol, all)| ranges::united(all).into_iter().map(move |range| (protocol, range)))
-            .map(|(protocol, (low, high))| Element::ports(protocol, narrow(low), narrow(high)))
-            .collect();
-        if elements.is_empty() {
-            return None;
-        }
+        let elements: Vec<Element> =
+            ranges.iter().map(|(protocol, low, high)| Element::ports(*protocol, *low, *high)).collect();
         let name = names::name("ports", None, &format!("{elements:?}"));
         let make = || Set::of_ranges(vec![DataType::Protocol, DataType::Port], "", elements);
         self.table.sets.entry(name.clone()).or_insert_with(make);
-        Some(name)
+        vec![Some(in_ports(name))]
     }
 
     /// Whom a rule means: each alternative is a list of conditions.
@@ -344,6 +332,28 @@ fn forward() -> Vec<nftables::Rule> {
         }
     }
     rules
+}
+
+/// Ports that are numbers, and names that are among `own`: of each protocol ranges that neither overlap nor touch.
+fn numbered(ports: &[&Port], own: &[NamedPort]) -> Vec<(u8, u16, u16)> {
+    let mut by_protocol: BTreeMap<u8, Vec<Range>> = BTreeMap::new();
+    for port in ports {
+        match port {
+            Port::Range(protocol, low, high) => {
+                by_protocol.entry(*protocol).or_default().push(((*low).into(), (*high).into()));
+            }
+            Port::Named(protocol, name) => {
+                for port in own.iter().filter(|port| port.protocol == *protocol && port.name == *name) {
+                    by_protocol.entry(*protocol).or_default().push((port.port.into(), port.port.into()));
+                }
+            }
+        }
+    }
+    let narrow = |port: u128| u16::try_from(port).unwrap_or(u16::MAX);
+    let ranges = by_protocol
+        .into_iter()
+        .flat_map(|(protocol, all)| ranges::united(all).into_iter().map(move |range| (protocol, range)));
+    ranges.map(|(protocol, (low, high))| (protocol, narrow(low), narrow(high))).collect()
 }
 
 /// The pods that peers mean by labels, in words that are the same for the same pods; none where they mean none so.

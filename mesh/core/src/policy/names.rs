@@ -7,7 +7,7 @@ use sha2::{Digest as _, Sha256};
 use crate::kernel::Family;
 
 /// Bytes of the hash in a name: so many that nobody can write a policy whose set has the name of another's.
-const BYTES: usize = 12;
+const BYTES: usize = 10;
 
 /// `KIND4-HASH`, with the family's digit where there is one.
 pub(super) fn name(kind: &str, family: Option<Family>, content: &str) -> String {

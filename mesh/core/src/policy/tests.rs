@@ -64,6 +64,7 @@ fn matches(table: &Table, matched: &Match, packet: &Packet) -> bool {
     match matched {
         Match::Replies => packet.reply,
         Match::NotOutBy(_) => true,
+        Match::Ports { protocol, low, high } => packet.protocol == *protocol && (*low..=*high).contains(&packet.port),
         Match::In { fields, set, negated } => {
             let set = &table.sets[set];
             key(fields, packet).is_some_and(|key| {

@@ -310,6 +310,14 @@ fn program(writer: &mut Writer, rule: &Rule) {
                 meta(writer, META_OUT_NAME, FIRST_REGISTER);
                 compared(writer, FIRST_REGISTER, NOT_EQUAL, &padded);
             }
+            Match::Ports { protocol, low, high } => {
+                meta(writer, META_PROTOCOL, FIRST_REGISTER);
+                compared(writer, FIRST_REGISTER, EQUAL, &[*protocol]);
+                if (*low, *high) != (0, u16::MAX) {
+                    payload(writer, TRANSPORT_HEADER, 2, 2, FIRST_REGISTER);
+                    between(writer, FIRST_REGISTER, *low, *high);
+                }
+            }
             Match::In { fields, set, negated } => {
                 load(writer, fields, &mut known_family);
                 lookup(writer, set, *negated, None);
@@ -425,6 +433,19 @@ fn compared(writer: &mut Writer, register: u32, operator: u32, with: &[u8]) {
         writer.number(1, register);
         writer.number(2, operator);
         value(writer, 3, with);
+    });
+}
+
+/// `NFTA_RANGE_SREG`, `_OP`, `_FROM_DATA`, `_TO_DATA`; for one number a comparison.
+fn between(writer: &mut Writer, register: u32, low: u16, high: u16) {
+    if low == high {
+        return compared(writer, register, EQUAL, &low.to_be_bytes());
+    }
+    expression(writer, "range", |writer| {
+        writer.number(1, register);
+        writer.number(2, EQUAL);
+        value(writer, 3, &low.to_be_bytes());
+        value(writer, 4, &high.to_be_bytes());
     });
 }
 

@@ -119,7 +119,7 @@ fn story(server: &mut ApiServer, home: &Node, without: &[&str], with: &[&str]) -
     apply_pod(server, "client", "client", Some("10.42.1.3"))?;
     let isolated = |table: &str| table.contains("10.42.1.2 : jump ingress4-") && !table.contains("10.42.1.0/24");
     let first = wait_for_table(host, "web is isolated, client allowed", |table| {
-        isolated(table) && table.contains("elements = { 10.42.1.3 }") && table.contains("tcp . 8080")
+        isolated(table) && table.contains("elements = { 10.42.1.3 }") && table.contains("tcp dport 8080")
     })?;
     wait_for_status(home, "it says so", |status| status["policies"] == 1 && status["waiting_pods"] == 0)?;
 

@@ -138,6 +138,19 @@ fn ports() -> Vec<Case> {
             &["far > web tcp/81 yes", "far > web udp/53 yes", "far > web tcp/80 no", "far > web udp/5353 no"],
         ),
         one(
+            "ports enough for a set",
+            ingress(
+                json!([{ "ports": [{ "port": 81 }, { "protocol": "UDP", "port": 53 }, { "port": 8080, "endPort": 8081 }] }]),
+            ),
+            &[
+                "far > web tcp/81 yes",
+                "far > web udp/53 yes",
+                "far > web tcp/8080 yes",
+                "far > web tcp/80 no",
+                "far > web udp/5353 no",
+            ],
+        ),
+        one(
             "a range",
             ingress(json!([{ "ports": [{ "port": 81, "endPort": 8080 }] }])),
             &[
