@@ -266,12 +266,12 @@ impl Work {
         let access = access.borrow_and_update().clone();
         match access {
             Some(access) => {
-                self.say(|said| drop(said.lost.clear()));
+                self.say(|said| said.lost.clear());
                 Some(Feeds::open(&access, &self.node, &self.pace, self.seed))
             }
             None => {
                 self.say(|said| {
-                    said.lost = BTreeMap::from([(POLICIES, "there is no access to Kubernetes".to_owned())])
+                    said.lost = BTreeMap::from([(POLICIES, "there is no access to Kubernetes".to_owned())]);
                 });
                 None
             }

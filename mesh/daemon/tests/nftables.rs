@@ -1,6 +1,4 @@
 //! Our tables in the real kernel, checked with nft(8).
-#![expect(clippy::print_stdout, reason = "a test prints what it measured")]
-
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::process::{Command, Output};
