@@ -9,6 +9,8 @@ use std::path::Path;
 
 use keystone_fuzz::packet::Packet;
 use keystone_fuzz::sample;
+use keystone_mesh::cni::layout::Mode;
+use keystone_mesh::cni::service::PodService;
 use keystone_mesh::control::{Answer, Request};
 use keystone_mesh::state::{LivePeer, Membership, Snapshot};
 use keystone_mesh::tun::virtio::{Gso, VirtioHeader};
@@ -298,6 +300,8 @@ fn files() -> Result {
     };
     let requests =
         [Request::Status, Request::Connect { name: "home".into() }, create, Request::TokenRevoke { id: token.id }];
+    let service = PodService { mode: Mode::PodNetwork, routes: true, policies: true };
+    seed("control", "request-serve-pods", serde_json::to_vec(&Request::ServePods { service })?)?;
     let more = [Request::Remove { name: "worker-1".parse()? }, Request::Leave { force: true }, Request::TokenList];
     for (index, request) in requests.iter().chain(&more).enumerate() {
         seed("control", &format!("request-{index}"), serde_json::to_vec(request)?)?;

@@ -13,6 +13,7 @@
 mod addresses;
 mod driver;
 mod keeper;
+mod pods;
 mod report;
 mod saver;
 mod uplink;
@@ -28,7 +29,9 @@ use keystone_mesh_core::token::Token;
 use keystone_mesh_core::{NodeId, PublicKey, Secret, kernel as core_kernel};
 use tokio::sync::{mpsc, oneshot};
 
-use self::driver::{Driver, Pods};
+use self::driver::Driver;
+use self::keeper::Keeper;
+use self::pods::Pods;
 use self::uplink::Uplink;
 use crate::cni::facts::FactsFile;
 use crate::cni::installer;
@@ -80,6 +83,12 @@ struct Local {
     port: u16,
     public_key: PublicKey,
     started: Instant,
+}
+
+/// What tasks of their own keep as it should be.
+struct Kept {
+    keeper: Keeper,
+    pods: Pods,
 }
 
 /// What only one can have, and tasks of QUIC hold a moment longer than the daemon's driver.
@@ -196,7 +205,7 @@ async fn run_once(places: &Places, config: Config, token: Option<Token>, stop: &
         "daemon started"
     );
     let local = Local { plane, port, public_key: key.public_key(), started };
-    let mut driver = Driver::new(start, config, mesh, local, uplink, keeper, pods);
+    let mut driver = Driver::new(start, config, mesh, local, uplink, Kept { keeper, pods });
     driver.serve_status(calls_in);
     driver.enforce_policies();
     driver.begin();

@@ -4,7 +4,9 @@
 //! address of its host here: routing, masquerade and the plugin's place on the node are the same.
 
 use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -216,6 +218,65 @@ fn seen_as(from: &Host, to: &Host, address: IpAddr) -> Result<Option<IpAddr>> {
     client.send_to(b"who?", server.local_addr()?)?;
     let mut bytes = [0; 8];
     Ok(server.recv_from(&mut bytes).ok().map(|(_, from)| from.ip()))
+}
+
+#[test]
+fn a_hosts_daemon_serves_pods_as_the_agent_tells_it_and_goes_on_so_after_a_restart() {
+    in_own_world("a_hosts_daemon_serves_pods_as_the_agent_tells_it_and_goes_on_so_after_a_restart", || {
+        let site = Site::new(&World::new(Wire::Offloaded)?)?;
+        let [one, two] = &site.nodes;
+        for node in &site.nodes {
+            node.up(&[])?;
+        }
+        let routed = |node: &Node, wanted: bool| {
+            wait::until(&format!("{}: pods are routed: {wanted}", node.name()), PATIENCE, POLL, || {
+                node.check_alive()?;
+                Ok((way(node.host(), pod(1 - index(node)))?.contains("ksmesh0") == wanted).then_some(()))
+            })
+        };
+        let masquerades =
+            || one.host().run(Command::new("nft").args(["list", "table", "inet", "keystone-pods"])).is_ok();
+        routed(one, true)?;
+        ensure!(!masquerades(), "nobody said that the mesh is the pods' network");
+
+        serve_pods(one, "pod-network", true)?;
+        wait::until("masquerade is there", PATIENCE, POLL, || Ok(masquerades().then_some(())))?;
+        serve_pods(one, "underlay", false)?;
+        routed(one, false)?;
+        wait::until("masquerade is gone", PATIENCE, POLL, || Ok((!masquerades()).then_some(())))?;
+        one.kill()?;
+        one.up(&[])?;
+        one.wait_until("is back", PATIENCE, |_| true)?;
+        routed(one, false)?;
+
+        // What a daemon was started with comes first.
+        two.stop()?;
+        let nowhere = folder(two).join("net.d");
+        two.up(&["--cni-mode", "underlay", "--cni-conf-dir", nowhere.to_str().context("UTF-8")?])?;
+        routed(two, false)?;
+        serve_pods(two, "pod-network", true)?;
+        two.wait_until("goes on", PATIENCE, |_| true)?;
+        routed(two, false)
+    });
+}
+
+fn index(node: &Node) -> usize {
+    usize::from(node.name() == "two")
+}
+
+/// Says what the agent's pod says.
+fn serve_pods(node: &Node, mode: &str, routes: bool) -> Result<()> {
+    let service = serde_json::json!({ "mode": mode, "routes": routes, "policies": false });
+    let request = serde_json::json!({ "ask": "serve-pods", "service": service });
+    let socket = folder(node).join("run/control.sock");
+    wait::until("the daemon is told", PATIENCE, POLL, || {
+        let Ok(mut stream) = UnixStream::connect(&socket) else { return Ok(None) };
+        stream.write_all(format!("{request}\n").as_bytes())?;
+        let mut answer = String::new();
+        BufReader::new(stream).read_line(&mut answer)?;
+        ensure!(answer.contains("done"), "{answer}");
+        Ok(Some(()))
+    })
 }
 
 #[test]

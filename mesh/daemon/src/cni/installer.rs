@@ -103,12 +103,9 @@ async fn run(mut work: Work, problems: Arc<Mutex<Vec<String>>>) {
             let done = work.round();
             (work, done)
         });
-        let done;
-        (work, done) = match round.await {
-            Ok(back) => back,
-            // It runs to its end or the process ends.
-            Err(_) => return,
-        };
+        // It runs to its end, or the process ends.
+        let Ok((back, done)) = round.await else { return };
+        work = back;
         let (said, again_at) = match done {
             Ok(decision) => (decision.problems, decision.again_at),
             Err(error) => (vec![format!("the CNI directories are not as they should be: {error:#}")], None),
@@ -298,12 +295,10 @@ fn replace(directory: &Path, name: &str, bytes: &[u8], mode: u32) -> anyhow::Res
         let _nothing_to_remove = fs::remove_file(&beside);
     }
     written.map_err(|error| {
-        let remedy = match error.kind() {
-            io::ErrorKind::ReadOnlyFilesystem => {
-                ": it is read-only; k3s and NixOS have their own directories (--cni-conf-dir, --cni-bin-dir)"
-            }
-            io::ErrorKind::PermissionDenied => ": it has to be writable for this program",
-            _ => "",
+        let remedy = if error.kind() == io::ErrorKind::ReadOnlyFilesystem {
+            "; k3s and NixOS have directories of their own (--cni-conf-dir, --cni-bin-dir)"
+        } else {
+            ""
         };
         anyhow!("cannot write {name} into {}: {error}{remedy}", directory.display())
     })

@@ -119,7 +119,7 @@ fn make_so(wanted: &Wanted, table: &mut Option<KernelTable>) -> Vec<String> {
                 Ok(applied) if applied.changes > 0 => tracing::info!(changes = applied.changes, "masquerade applied"),
                 Ok(_) => {}
                 Err(error) => {
-                    said.push(format!("packets of pods that leave the cluster keep their own address: {error}"))
+                    said.push(format!("packets of pods that leave the cluster keep their own address: {error}"));
                 }
             }
             said

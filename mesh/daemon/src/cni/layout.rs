@@ -128,7 +128,7 @@ impl Layout {
                 Ok(list) => drop(files.insert(name.as_str(), list)),
                 // The runtime stumbles over it by itself; it is told here where ours would come after it.
                 Err(error) => {
-                    decision.problems.push(format!("{name} is no valid configuration ({error}); it is left alone"))
+                    decision.problems.push(format!("{name} is no valid configuration ({error}); it is left alone"));
                 }
             }
         }

@@ -15,16 +15,13 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::addresses::{self, Resolved};
 use super::keeper::{Keeper, KeeperEvent};
+use super::pods::Pods;
 use super::saver::Saver;
 use super::uplink::Uplink;
-use super::{End, Local, Start, hints, report};
+use super::{End, Kept, Local, Start, hints, report};
 use crate::clock::unix_now_ms;
-use crate::cni::facts::FactsFile;
-use crate::cni::installer::Installer;
-use crate::cni::kernel::{PodKernel, Wanted};
-use crate::cni::layout::Mode;
-use crate::cni::service::{PodService, Told};
-use crate::config::{Config, Places};
+use crate::cni::service::PodService;
+use crate::config::Config;
 use crate::control::{Answer, Call, Request};
 use crate::dataplane::DataEvent;
 use crate::http::{HttpServer, listen, pages};
@@ -38,7 +35,7 @@ use crate::registry::{self, Event};
 use crate::service::Service;
 use crate::signals::Stop;
 use crate::state::{LivePeer, Membership, Snapshot};
-use crate::status::{Counts, Status};
+use crate::status::Counts;
 
 /// Between two samples of the counters while there is traffic, as the path machine asks for.
 const SAMPLE: Duration = Duration::from_millis(100);
@@ -98,65 +95,9 @@ pub(super) struct Driver {
     service_addresses: Vec<IpAddr>,
 }
 
-/// What the daemon does for pods.
-pub(super) struct Pods {
-    /// How they are served.
-    pub(super) service: PodService,
-    /// What was told of that, where the configuration does not say it.
-    pub(super) told: Option<Told>,
-    /// What they have to know of this node.
-    pub(super) facts: FactsFile,
-    /// The CNI directories' keeper, where there is one.
-    pub(super) installer: Option<Installer>,
-    /// The keeper of what the kernel does for them.
-    pub(super) kernel: PodKernel,
-}
-
-impl Pods {
-    pub(super) fn start(config: &Config, places: &Places) -> Self {
-        let told = config.cni.mode.is_none().then(|| Told::in_directory(&places.run_dir));
-        let service = told.as_ref().and_then(Told::read).unwrap_or_else(|| PodService::of(config));
-        Self {
-            service,
-            told,
-            facts: FactsFile::open(places.facts()),
-            installer: Installer::start(&config.cni, places.facts()),
-            kernel: PodKernel::start(),
-        }
-    }
-
-    /// What is not as it should be.
-    pub(super) fn problems(&self) -> impl Iterator<Item = String> {
-        self.installer.iter().flat_map(Installer::problems).chain(self.kernel.problems())
-    }
-
-    /// What the kernel is to do for them.
-    fn wanted(&self, status: &Status) -> Wanted {
-        let node = &status.node;
-        match self.service.mode {
-            Mode::None | Mode::Helper | Mode::Underlay => Wanted::Nothing,
-            // After a start nothing is known for a moment, and what the kernel has is right.
-            Mode::PodNetwork if node.mesh_cidrs.is_empty() || node.pod_cidrs.is_empty() => Wanted::AsItIs,
-            Mode::PodNetwork => {
-                let others = status.peers.iter().flat_map(|peer| &peer.pod_cidrs);
-                let pods: Vec<IpNet> = node.pod_cidrs.iter().chain(others).copied().collect();
-                let cluster = pods.iter().chain(&node.mesh_cidrs).copied().collect();
-                Wanted::Pods { own: node.pod_cidrs.clone(), pods, cluster, interface: node.interface.clone() }
-            }
-        }
-    }
-}
-
 impl Driver {
-    pub(super) fn new(
-        start: Start,
-        config: Config,
-        mesh: Mesh,
-        local: Local,
-        uplink: Uplink,
-        keeper: Keeper,
-        pods: Pods,
-    ) -> Self {
+    pub(super) fn new(start: Start, config: Config, mesh: Mesh, local: Local, uplink: Uplink, kept: Kept) -> Self {
+        let Kept { keeper, pods } = kept;
         let endpoints = config.plain_peers.iter().filter_map(|p| Some((p.config.key, p.endpoint.clone()?))).collect();
         let (names, wanted) = watch::channel(Vec::new());
         let (resolved, _) = addresses::start(config.endpoints.clone(), endpoints, wanted);
@@ -569,8 +510,7 @@ impl Driver {
     fn tell_facts(&mut self, now: Instant) {
         if std::mem::take(&mut self.facts_due) || self.pods.facts.again_at().is_some_and(|at| now >= at) {
             let status = report::status(self, now);
-            self.pods.facts.update(&status, now);
-            self.pods.kernel.set(self.pods.wanted(&status));
+            self.pods.update(&status, now);
         }
     }
 
