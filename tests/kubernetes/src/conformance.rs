@@ -37,9 +37,9 @@ impl Selection {
         Self::new(r"\[sig-network\].*\[Conformance\]", r"\[Serial\]|\[Disruptive\]", nodes)
     }
 
-    /// Every test of NetworkPolicy, but for those of SCTP.
+    /// Every test of NetworkPolicy, but for those that need a kernel and a plugin with SCTP.
     pub fn network_policy(nodes: usize) -> Self {
-        Self::new(r"\[sig-network\].*Netpol", r"SCTP|\[Serial\]|\[Disruptive\]", nodes)
+        Self::new(r"\[sig-network\].*Netpol", r"SCTPConnectivity|\[Serial\]|\[Disruptive\]", nodes)
     }
 
     fn new(focus: &str, skip: &str, nodes: usize) -> Self {

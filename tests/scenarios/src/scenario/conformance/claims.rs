@@ -62,9 +62,9 @@ impl Probes {
         cluster.apply(&[
             daemon_set("probe", false),
             daemon_set("host-probe", true),
-            service("probe", json!({ "app": "probe" }), json!({ "type": "NodePort" })),
-            service("sticky", json!({ "app": "probe" }), json!({ "sessionAffinity": "ClientIP" })),
-            service("alone", json!({ "alone": "yes" }), json!({})),
+            service("probe", &json!({ "app": "probe" }), &json!({ "type": "NodePort" })),
+            service("sticky", &json!({ "app": "probe" }), &json!({ "sessionAffinity": "ClientIP" })),
+            service("alone", &json!({ "alone": "yes" }), &json!({})),
         ])?;
         cluster.wait_rollout("default", "daemonset/probe")?;
         cluster.wait_rollout("default", "daemonset/host-probe")?;
@@ -327,7 +327,7 @@ fn daemon_set(name: &str, host_network: bool) -> Value {
     })
 }
 
-fn service(name: &str, selector: Value, more: Value) -> Value {
+fn service(name: &str, selector: &Value, more: &Value) -> Value {
     let mut port = json!({ "port": 80, "targetPort": POD_PORT });
     if more["type"] == "NodePort" {
         port["nodePort"] = NODE_PORT.into();

@@ -24,9 +24,9 @@ const WEBSITE_PORT: u16 = 8080;
 /// Where kubectl listens at home.
 const FORWARDED_PORT: u16 = 38080;
 
-/// How fast the transfers are that go on during an update, in bytes a second: they take a minute, and an update of three
-/// nodes a quarter of that.
-const SLOW: u64 = BYTES / 60;
+/// How fast the transfers are that go on during an update, in bytes a second: they take 45 s, and an update of three nodes a
+/// third of that.
+const SLOW: u64 = BYTES / 45;
 
 /// A file on every node, and its hash.
 pub(super) struct Files {
