@@ -72,7 +72,9 @@ pub(super) fn play(stage: &mut Stage, story: &mut Story, options: &Options) -> R
     if plugins == Plugins::Keystone {
         story.chapter("Out of the cluster, and through an update");
         Website::open(stage.public_host("website")?)?.is_visited(&cluster, story, &probes)?;
-        files.load_during_update(&mut cluster, story, &probes)?;
+        let workers = stage.nodes().filter(|node| node.name().starts_with("worker"));
+        let workers: Vec<_> = workers.cloned().collect();
+        files.load_during_update(&mut cluster, story, &probes, &workers)?;
     }
 
     let nodes = cluster.members.len();

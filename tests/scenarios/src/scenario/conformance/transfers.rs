@@ -3,10 +3,12 @@
 
 use std::net::Ipv4Addr;
 use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use keystone_kubelab::Assets;
+use keystone_lab::mesh::{Node, Status};
 use keystone_lab::{Host, Process, wait};
 use keystone_mesh_api::NAMESPACE;
 
@@ -66,8 +68,15 @@ impl Files {
         Ok(())
     }
 
-    /// Updates the DaemonSet, pod by pod, while every pod slowly loads the file of its neighbour.
-    pub(super) fn load_during_update(&self, cluster: &mut Cluster, story: &mut Story, probes: &Probes) -> Result<()> {
+    /// Updates the DaemonSet, pod by pod, and restarts the daemons of hosts, while every pod slowly loads the file of its
+    /// neighbour.
+    pub(super) fn load_during_update(
+        &self,
+        cluster: &mut Cluster,
+        story: &mut Story,
+        probes: &Probes,
+        daemons: &[Arc<Node>],
+    ) -> Result<()> {
         let home = cluster.members[0].machine.host.clone();
         let mut loads = Vec::new();
         for (at, pod) in probes.pods.iter().enumerate() {
@@ -88,6 +97,18 @@ impl Files {
         let replaced = agents(cluster)?.iter().all(|agent| !before.contains(agent));
         let found = format!("{} agents in {}", before.len(), millis(took));
         story.check(replaced, "the DaemonSet is updated node by node under traffic", &found);
+
+        let start = Instant::now();
+        for daemon in daemons {
+            daemon.kill()?;
+            daemon.up(&[])?;
+            daemon.wait_until("has its relay again", PATIENCE, Status::has_relay)?;
+        }
+        story.step(&format!(
+            "{} daemons of hosts were killed and started again in {}",
+            daemons.len(),
+            millis(start.elapsed())
+        ));
 
         let mut lasted = Vec::new();
         for (_node, _from, process) in &mut loads {
