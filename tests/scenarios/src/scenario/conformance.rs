@@ -99,6 +99,7 @@ pub(super) fn play(stage: &mut Stage, story: &mut Story, options: &Options) -> R
         "ready_seconds": ready.as_secs_f64(),
         "specs_seconds": took.as_secs_f64(),
         "processes": selection.processes,
+        "profile": if cfg!(debug_assertions) { "dev" } else { "release" },
         "specs": specs,
     }))
 }
