@@ -80,6 +80,13 @@ bench-peers: deps test-peers ## Throughput and CPU against raw veth, wireguard-g
 	cargo build --locked --release -p keystone-mesh -p keystone-controller -p keystone-scenarios
 	PATH=$$(tests/peers/install --path):$$PATH $(TARGET)/release/keystone-lab bench-peers $(ARGS)
 
+.PHONY: bench-cni
+bench-cni: deps ## The CNI plugin beside ptp and bridge with host-local: what each verb does, and how long it takes
+	tests/peers/cni/install
+	cargo rustc --locked --profile small -p keystone-cni --bin keystone-cni -- -C target-feature=+crt-static
+	cargo run --locked --quiet -p keystone-cni --example compare -- --plugin $(TARGET)/small/keystone-cni \
+		--newer $$(tests/peers/cni/install --path) $(ARGS)
+
 ##### Checks
 
 .PHONY: lint

@@ -103,6 +103,6 @@ mod tests {
     fn an_undo_that_fails_is_told_beside_the_error_that_caused_it() {
         let mut kernel = Fake { fail_at: Some(plan().steps.len() - 1), stuck: true, ..Fake::default() };
         let error = apply(&plan(), &mut kernel).unwrap_err();
-        assert!(error.details.contains("busy") && error.message.contains("route"), "{error:?}");
+        assert!(error.details.contains("busy") && error.message.contains("carry packets"), "{error:?}");
     }
 }

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::{ConfigMap, Taint};
-use keystone_mesh_api::errors::words;
 use keystone_mesh_api::{CONTROLLER_MANAGER, JoinToken, LEDGER_LABEL, LEDGER_PREFIX, Member, Peer};
 use keystone_mesh_core::annotations::{self, Writer};
 use keystone_mesh_core::directory::Carrier;
@@ -22,6 +21,7 @@ use crate::lease::Leadership;
 use crate::queue::Outcome;
 use crate::slim::SlimNode;
 use crate::watch::Object;
+use keystone_mesh_api::errors::words;
 
 /// A write that takes longer has failed. The API server gives itself 60 s, but whoever waits that long is better off
 /// with a fresh decision.

@@ -329,6 +329,7 @@ impl Driver {
         show_states(&metrics.join_tokens, &gauges.tokens);
         let free = gauges.addresses_total.saturating_sub(gauges.addresses_held);
         show_states(&metrics.addresses, &[("held", gauges.addresses_held), ("free", free)].into());
+        metrics.absent_members.set(gauges.members_absent as i64);
         metrics.refused_routes.set(gauges.routes_refused as i64);
         metrics.faulty_objects.clear();
         for (resource, count) in &gauges.faults {

@@ -13,7 +13,6 @@ use k8s_openapi::api::events::v1::Event as KubeEvent;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use k8s_openapi::jiff::Timestamp;
 use keystone_mesh_api::CONTROLLER_MANAGER;
-use keystone_mesh_api::errors::words;
 use kube::api::{ObjectMeta, Patch, PatchParams, PostParams};
 use kube::{Api, Client};
 use serde_json::json;
@@ -21,6 +20,7 @@ use tokio::sync::mpsc;
 
 use crate::decide::{Event, Regarding};
 use crate::metrics::{ErrorLabels, Metrics};
+use keystone_mesh_api::errors::words;
 
 /// Events that wait; more are dropped and counted. A burst of 200 nodes brings some hundreds.
 const CHANNEL: usize = 1024;

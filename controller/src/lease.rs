@@ -17,10 +17,11 @@ use std::time::{Duration, Instant};
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use k8s_openapi::jiff::Timestamp;
-use keystone_mesh_api::errors::words;
 use kube::Api;
 use kube::api::PostParams;
 use tokio::sync::watch;
+
+use keystone_mesh_api::errors::words;
 
 /// So long a Lease has to stand unchanged before another replica takes it; client-go's default.
 pub const DURATION: Duration = Duration::from_secs(15);

@@ -94,6 +94,8 @@ pub struct Metrics {
     pub peers: Family<State, Gauge>,
     /// Join tokens by state.
     pub join_tokens: Family<State, Gauge>,
+    /// Members that are no Nodes and were absent for a day or longer.
+    pub absent_members: Gauge,
     /// Routes that were asked for and are not given.
     pub refused_routes: Gauge,
     /// Objects with something that does not read, by resource.
@@ -135,6 +137,7 @@ impl Default for Metrics {
             ready_nodes: Family::default(),
             peers: Family::default(),
             join_tokens: Family::default(),
+            absent_members: Gauge::default(),
             refused_routes: Gauge::default(),
             faulty_objects: Family::default(),
             addresses: Family::default(),
@@ -166,6 +169,11 @@ impl Metrics {
         table.gauge("peers", "Plain WireGuard peers by readiness: true or false", &self.peers);
         table.gauge("join_tokens", "Join tokens by state: usable, expired, used-up or revoked", &self.join_tokens);
         table.gauge("addresses", "IPv4 mesh addresses by state: held or free", &self.addresses);
+        table.gauge(
+            "absent_members",
+            "Members that are no Nodes and were out of reach, or without a record, for a day or longer",
+            &self.absent_members,
+        );
         table.gauge("refused_routes", "Routes that were asked for and are not given", &self.refused_routes);
         table.gauge(
             "faulty_objects",

@@ -25,13 +25,14 @@ use keystone_mesh_core::network::{Network, SignedNetwork};
 use keystone_mesh_core::node::NodeName;
 
 use self::border::{Meta, identity_of, page_number, statement_faults};
+pub(crate) use border::millis;
 pub use cloud::{CloudClaim, CloudKind};
 pub use node::NodeView;
 pub(crate) use node::{INSTANCE_TYPE, REGION, ZONE};
 pub(crate) use reports::Evidence;
 pub use reports::{Reach, Report, Reporter};
-pub(crate) use resources::NODE as NODE_CONDITION;
 pub use resources::{MemberView, PeerView, PlainSpec, TokenView};
+pub(crate) use resources::{NODE as NODE_CONDITION, REACHED as REACHED_CONDITION};
 pub use settings::{Policy, Settings};
 
 /// The Node condition that says whether peers reach the node.

@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use k8s_openapi::api::core::v1::ConfigMap;
-use keystone_mesh_api::errors::words;
 use keystone_mesh_api::{JoinToken, LEDGER_LABEL, Member, NETWORK_CONFIG_MAP, Peer};
 use keystone_mesh_core::backoff::Backoff;
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind};
@@ -25,6 +24,7 @@ use crate::index::key_of;
 use crate::metrics::{self, ErrorLabels, Metrics};
 use crate::slim::SlimNode;
 use crate::view::{CloudKind, Kind};
+use keystone_mesh_api::errors::words;
 
 /// Objects per page of a list: some 15 KB each, as Nodes are, make 3 MB.
 const PAGE_SIZE: u32 = 200;
@@ -132,7 +132,7 @@ async fn optional(client: Client, watch: Watch, config: Config, cloud: CloudKind
             }
             Ok(None) => {}
             Err(error) => {
-                tracing::debug!(error = words(&error), group, "could not ask which resources the API server has")
+                tracing::debug!(error = words(&error), group, "could not ask which resources the API server has");
             }
         }
         tokio::time::sleep(DISCOVERY).await;

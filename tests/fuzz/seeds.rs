@@ -36,6 +36,7 @@ fn main() -> Result {
     annotations()?;
     texts()?;
     tun()?;
+    cni()?;
     files()
 }
 
@@ -253,6 +254,26 @@ fn packet(v6: bool, tcp: bool) -> Packet {
         ttl: 64,
         payload: (0..350u16).map(|i| (i % 251) as u8).collect(),
     }
+}
+
+fn cni() -> Result {
+    let result = r#"{"cniVersion":"1.1.0","interfaces":[{"name":"ks39a7199053c6","mac":"02:6b:73:00:00:01","mtu":1280},
+        {"name":"eth0","mac":"02:00:5e:00:53:01","mtu":1280,"sandbox":"/run/netns/c1"}],
+        "ips":[{"address":"10.244.1.2/32","gateway":"169.254.1.1","interface":1},{"address":"fd00::2/128","interface":1}],
+        "routes":[{"dst":"0.0.0.0/0","gw":"169.254.1.1","mtu":1200}],"dns":{"nameservers":["10.96.0.10"]}}"#;
+    let config = format!(
+        r#"{{"cniVersion":"1.1.0","name":"pods","type":"keystone-cni","mode":"pod-network","mtu":1280,
+        "facts":"/run/keystone-mesh/pods.json","dataDir":"/var/lib/cni/keystone-cni","capabilities":{{"ips":true}},
+        "ipam":{{"type":"keystone-cni","ranges":["10.244.1.0/24","fd00::/64"]}},
+        "runtimeConfig":{{"ips":["10.244.1.7/24"],"mac":"02:00:5e:00:53:01"}},
+        "cni.dev/valid-attachments":[{{"containerID":"c1","ifname":"eth0"}}],"prevResult":{result}}}"#
+    );
+    seed_after("cni", "configuration", &[0], config)?;
+    let delegated = r#"{"cniVersion":"0.4.0","name":"a","type":"keystone-cni","ipam":{"type":"host-local"}}"#;
+    seed_after("cni", "configuration-delegated", &[0], delegated)?;
+    let add = "ADD\0c1\0eth0\0/run/netns/c1\0/opt/cni/bin\0K8S_POD_NAMESPACE=default;K8S_POD_NAME=web-0";
+    seed_after("cni", "environment", &[1], add)?;
+    seed_after("cni", "result", &[2], result)
 }
 
 fn files() -> Result {

@@ -26,8 +26,51 @@ const MTU: std::ops::RangeInclusive<u32> = 68..=65535;
 /// A directory is named after the network; a file name has 255 bytes at most.
 const MAX_NETWORK_NAME: usize = 200;
 
-/// Every key of a configuration that is used here.
-const KEYS: [&str; 8] = ["cniVersion", "name", "type", "mode", "mtu", "facts", "dataDir", "ipam"];
+/// A key of a configuration that is used here, as docs/cni.md has it.
+#[derive(Debug, Clone, Copy)]
+pub struct Key {
+    /// Its name.
+    pub name: &'static str,
+    /// What holds without it; empty where it has to be there.
+    pub default: &'static str,
+    /// What it does.
+    pub meaning: &'static str,
+}
+
+const fn key(name: &'static str, default: &'static str, meaning: &'static str) -> Key {
+    Key { name, default, meaning }
+}
+
+/// All of them; a key of an object is written with a dot.
+pub const KEYS: [Key; 10] = [
+    key("cniVersion", "", "the version of CNI: 0.3.0, 0.3.1, 0.4.0, 1.0.0 or 1.1.0; GC and STATUS need 1.1.0"),
+    key("name", "", "the network's name; leases are kept by it"),
+    key("type", "", "`keystone-cni`"),
+    key(
+        "mode",
+        "`pod-network`",
+        "`pod-network` gives pods their interface; `helper` stands last in another plugin's list and fits that plugin's \
+         interface to the mesh",
+    ),
+    key("mtu", "the facts'", "MTU of pods' interfaces in bytes, 68 to 65535; 1280 and more with IPv6"),
+    key("facts", "`/run/keystone-mesh/pods.json`", "where the daemon writes what it knows about pods"),
+    key("dataDir", "`/var/lib/cni/keystone-cni`", "where leases are kept"),
+    key(
+        "ipam.type",
+        "`keystone-cni`",
+        "who gives out addresses: this plugin, or another IPAM plugin in `CNI_PATH`, `host-local` for example",
+    ),
+    key(
+        "ipam.ranges",
+        "the node's pod CIDRs",
+        "prefixes for pods, several of either family; a pod gets one address of each family",
+    ),
+    key(
+        "runtimeConfig",
+        "",
+        "from the runtime: `ips` and `mac` that a pod asks for, where `capabilities` announces them",
+    ),
+];
 
 /// Keys that the specification or runtimes put in and that need nothing from us.
 const FOREIGN_KEYS: [&str; 4] = ["args", "capabilities", "dns", "cniVersions"];
@@ -108,7 +151,7 @@ impl Config {
             Error::new(Code::Decode, format!("the network configuration on stdin is no JSON object: {error}"))
         })?;
         let version = version_of(&keys)?;
-        reject_unknown("", &keys, |key| KEYS.contains(&key) || FOREIGN_KEYS.contains(&key) || is_injected(key))?;
+        reject_unknown("", &keys, |key| is_ours(key) || FOREIGN_KEYS.contains(&key) || is_injected(key))?;
         let network: String = take(&mut keys, "name")?
             .ok_or_else(|| invalid("the configuration has no \"name\": give the network one"))?;
         if !is_name(&network) || network.len() > MAX_NETWORK_NAME {
@@ -161,6 +204,11 @@ fn version_of(keys: &Map<String, Value>) -> Result<Version> {
         )),
         None => Err(Error::new(Code::IncompatibleVersion, "the configuration has no \"cniVersion\": add \"1.1.0\"")),
     }
+}
+
+/// A key's part before the dot: what is inside an object is looked at with the object.
+fn is_ours(key: &str) -> bool {
+    KEYS.iter().any(|known| known.name.split('.').next() == Some(key))
 }
 
 /// `cni.dev/*` is the specification's own; the rest is what libcni adds for one call.

@@ -6,6 +6,9 @@ use serde_json::{Value, json};
 
 use super::Version;
 
+/// As long as a message may be, in bytes.
+const MAX_TEXT: usize = 2000;
+
 /// What every fallible function of this crate returns.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -150,7 +153,7 @@ pub struct Error {
 impl Error {
     /// An error without details.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { code: code as u32, message: message.into(), details: String::new() }
+        Self { code: code as u32, message: bounded(message.into()), details: String::new() }
     }
 
     /// The same with `details`, behind what is there already.
@@ -159,7 +162,7 @@ impl Error {
         if !self.details.is_empty() {
             self.details.push_str("; ");
         }
-        self.details.push_str(&details.to_string());
+        self.details = bounded(self.details + &details.to_string());
         self
     }
 
@@ -181,6 +184,15 @@ impl Error {
         }
         json
     }
+}
+
+/// Runtimes put errors into events, so what was wrong is quoted, but not by the megabyte.
+fn bounded(mut text: String) -> String {
+    if text.len() > MAX_TEXT {
+        text.truncate(text.floor_char_boundary(MAX_TEXT));
+        text.push_str("...");
+    }
+    text
 }
 
 impl fmt::Display for Error {

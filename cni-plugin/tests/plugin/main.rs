@@ -55,10 +55,9 @@ fn ours() -> Network {
     with(json!({}))
 }
 
-fn with(options: Value) -> Network {
-    let mut all = json!({ "dataDir": DATA });
-    all.as_object_mut().unwrap().extend(options.as_object().unwrap().clone());
-    Network::ours(Path::new(PLUGIN), "1.1.0", all)
+fn with(mut options: Value) -> Network {
+    options["dataDir"] = DATA.into();
+    Network::ours(Path::new(PLUGIN), "1.1.0", options)
 }
 
 /// Nothing of any pod is on the host or in the store.

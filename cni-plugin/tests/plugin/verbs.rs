@@ -6,10 +6,17 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use anyhow::Result;
+use keystone_cni::facts::PodFacts;
 use serde_json::{Value, json};
 
 use crate::runtime::{Target, files, host_links, host_routes, ip, ip_do, netns, remove_netns};
 use crate::{DATA, FACTS, assert_nothing_left, facts, on_a_node, ours, with, write_facts};
+
+/// Breaks something of the pod in this namespace with this interface on the host.
+type Fault = fn(&str, &str) -> Result<()>;
+
+/// Takes something out of the facts.
+type Lack = fn(&mut PodFacts);
 
 fn small(addresses: &str) -> crate::runtime::Network {
     with(json!({ "ipam": { "type": "keystone-cni", "ranges": [addresses] } }))
@@ -125,7 +132,7 @@ fn check_finds_whatever_is_missing() {
     on_a_node("verbs::check_finds_whatever_is_missing", || {
         let pod = netns("a")?;
         let target = Target::of("c1", &pod);
-        let faults: &[(&str, fn(&str, &str) -> Result<()>)] = &[
+        let faults: [(&str, Fault); 9] = [
             ("pod's eth0 is down", |pod, _| ip_do(Some(pod), "link set eth0 down")),
             ("lost its address 10.244.1", |pod, _| ip_do(Some(pod), "-4 address flush dev eth0")),
             ("lost its route to ::/0", |pod, _| ip_do(Some(pod), "-6 route delete default")),
@@ -163,7 +170,7 @@ fn status_says_what_is_missing_and_whether_the_daemon_answers() {
         let _daemon = UnixListener::bind(Path::new(FACTS).with_file_name("control.sock"))?;
         ours().status().unwrap();
 
-        let parts: [(fn(&mut crate::PodFacts), &str); 3] = [
+        let parts: [(Lack, &str); 3] = [
             (|facts| facts.ready.mesh_address = false, "a mesh address"),
             (|facts| facts.ready.pod_cidr = false, "a pod CIDR"),
             (|facts| facts.ready.peer = false, "a reachable peer"),

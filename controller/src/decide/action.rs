@@ -209,6 +209,8 @@ pub struct Gauges {
     pub routes_refused: u64,
     /// Objects with something that does not read, by kind.
     pub faults: BTreeMap<&'static str, u64>,
+    /// Members that are no Nodes and were absent for a day or longer.
+    pub members_absent: u64,
 }
 
 /// What [`reconcile`](super::reconcile) finds.

@@ -7,6 +7,7 @@ use keystone_mesh_core::network::Network;
 
 use super::action::Gauges;
 use super::census::{Census, Machine, Standing};
+use super::readiness;
 use super::routes::{Granted, Routes};
 use crate::view::{ClusterView, Now, TokenView};
 
@@ -33,9 +34,13 @@ pub(super) fn count(
         addresses_total: (1_u64 << (32 - u32::from(network.ipv4.prefix_len()))) - 2,
         routes_refused: routes.machines.values().chain(routes.peers.values()).map(refused).sum(),
         faults: BTreeMap::new(),
+        members_absent: 0,
     };
     for machine in census.machines.values() {
         add(&mut gauges.machines, state(machine));
+        let absent =
+            readiness::absent_since(machine).is_some_and(|since| now >= since.saturating_add(readiness::ABSENT));
+        gauges.members_absent += u64::from(absent);
         let condition = machine.node.and_then(|node| node.conditions.get(READY_CONDITION));
         match condition.map(|condition| condition.status.as_str()) {
             Some("True") => add(&mut gauges.ready, "true"),

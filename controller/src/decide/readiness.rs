@@ -12,17 +12,23 @@
 //! Node with the condition has been seen to, so a Node that was ready once never gets the taint again.
 
 use k8s_openapi::api::core::v1::Taint;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use keystone_mesh_api::{READY_CONDITION, STARTUP_TAINT};
 
 use super::action::{Action, Effect, Target};
 use super::approvals;
 use super::census::{Machine, Standing};
 use super::conditions::Verdict;
-use crate::view::{ClusterView, Evidence, NodeView, Now};
+use crate::view::{ClusterView, Evidence, MemberView, NodeView, Now, REACHED_CONDITION, millis};
 
 /// A Node that is younger is told nothing before it has the taint, in milliseconds. Putting it on takes some of them; an
 /// API server that refuses it keeps nobody from reading the conditions for longer.
 const TAINTING: u64 = 10_000;
+
+/// A Member that is absent for longer is counted, in milliseconds: a day is more than a journey or a night.
+pub(super) const ABSENT: u64 = 24 * 3_600_000;
+/// The reason of a Member's condition that says that its machine never published a record.
+pub(super) const NO_RECORD: &str = "NoRecord";
 
 /// What there is to do about a Node's readiness.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -71,6 +77,46 @@ fn set_taints(node: &NodeView, wanted: Vec<Taint>, reason: &str) -> Action {
         reason: reason.to_owned(),
         events: Vec::new(),
     }
+}
+
+/// Decides about a Member that is no Node. Only that it is out of reach is told, and that this is over: nothing waits for
+/// such a machine, and one that is switched off at night is no news.
+pub(super) fn of_member(
+    view: &ClusterView,
+    machine: &Machine<'_>,
+    member: &MemberView,
+    now: Now,
+) -> (Option<Verdict>, Option<Now>) {
+    if machine.node.is_some() || !approvals::stands(machine) {
+        return (None, None);
+    }
+    let settings = view.settings();
+    let told = member.status.conditions.iter().any(|one| one.type_ == REACHED_CONDITION && one.status == "False");
+    let after = |since: Now, wait: u64, then: Verdict| {
+        let due = since.saturating_add(wait);
+        if now >= due { (Some(then), None) } else { (None, Some(due)) }
+    };
+    match (view.reports().evidence(machine.name, now, settings.report_life), told) {
+        (Evidence::Unreached(since), false) => {
+            let why = format!(
+                "the control plane does not reach this machine; if it is gone for good, run `keystone-mesh remove {}` there",
+                machine.name
+            );
+            after(since, settings.unready_after, Verdict::no(REACHED_CONDITION, "Unreached", why))
+        }
+        (Evidence::Reached(since), true) => {
+            let well = "the control plane reaches it through the mesh";
+            after(since, settings.ready_after, Verdict::yes(REACHED_CONDITION, "Reached", well))
+        }
+        (Evidence::Reached(_), false) | (Evidence::Unreached(_), true) | (Evidence::Silence(_), _) => (None, None),
+    }
+}
+
+/// Since when a Member that is no Node is absent: it is out of reach, or never said anything of itself.
+pub(super) fn absent_since(machine: &Machine<'_>) -> Option<Now> {
+    let member = machine.member.filter(|_| machine.node.is_none())?;
+    let bad = |one: &&Condition| (one.type_ == REACHED_CONDITION && one.status == "False") || one.reason == NO_RECORD;
+    member.status.conditions.iter().filter(bad).map(|one| millis(&one.last_transition_time)).min()
 }
 
 fn verdict(

@@ -16,7 +16,8 @@ use super::conditions::{self, Verdict};
 use super::readiness::{self, Readiness};
 use super::routes::Routes;
 use crate::view::{
-    APPROVED_CONDITION, ClusterView, MemberView, NODE_CONDITION, NodeView, Now, ROUTES_CONDITION, WISHES_CONDITION,
+    APPROVED_CONDITION, ClusterView, MemberView, NODE_CONDITION, NodeView, Now, REACHED_CONDITION, ROUTES_CONDITION,
+    WISHES_CONDITION,
 };
 
 /// What is needed to say how machines stand.
@@ -42,7 +43,14 @@ pub(super) fn act(context: &Context<'_>, census: &Census<'_>) -> (Vec<Action>, O
             }
         }
         if let Some(member) = machine.member.filter(|member| !member.deleting) {
-            actions.extend(of_member(context, machine, member));
+            let (reached, turns_at) = readiness::of_member(context.view, machine, member, context.now);
+            let counted_at = readiness::absent_since(machine).map(|since| since.saturating_add(readiness::ABSENT));
+            let times = [turns_at, counted_at, recorded_by(machine, member)]
+                .into_iter()
+                .flatten()
+                .filter(|at| *at > context.now);
+            again_at = again_at.into_iter().chain(times).min();
+            actions.extend(of_member(context, machine, member, reached));
         }
         actions.extend(machine.leftover.filter(|leftover| !leftover.deleting).map(|leftover| goes(machine, leftover)));
     }
@@ -95,7 +103,12 @@ fn worth_an_event(verdict: &Verdict) -> bool {
     !matches!(verdict.reason, "NotApproved" | "Revoked" | "CloudGone")
 }
 
-fn of_member(context: &Context<'_>, machine: &Machine<'_>, member: &MemberView) -> Option<Action> {
+fn of_member(
+    context: &Context<'_>,
+    machine: &Machine<'_>,
+    member: &MemberView,
+    reached: Option<Verdict>,
+) -> Option<Action> {
     let mut status = member.status.clone();
     if !matches!(machine.standing, Standing::Undecided(_)) {
         let theirs = machine.admitted().filter(|(identity, _)| *identity == member.identity);
@@ -106,14 +119,17 @@ fn of_member(context: &Context<'_>, machine: &Machine<'_>, member: &MemberView) 
     let other = machine.admitted().filter(|(identity, _)| *identity != member.identity);
     let approved = match other {
         Some((identity, _)) => Some(taken(machine.name, &identity.short())),
-        None => approved(context, machine, "Approved"),
+        None => approved(context, machine, "Approved").or_else(|| no_record(context, machine, member)),
     };
     // While there is a Node, the news are told there.
     let own = machine.node.is_none();
     let routes = routes(context, machine, "RoutesAccepted").filter(|_| own);
     let wishes = wishes(context, machine, "WishesAccepted").filter(|_| own);
     let mut events = Vec::new();
-    for verdict in [node, approved, routes, wishes].into_iter().flatten() {
+    if !own {
+        status.conditions.retain(|condition| condition.type_ != REACHED_CONDITION);
+    }
+    for verdict in [node, approved, routes, wishes, reached].into_iter().flatten() {
         if conditions::set(&mut status.conditions, &verdict, None, context.now) && (own || other.is_some()) {
             events.extend(verdict.warning().map(|(reason, note)| event_of(member, true, reason, note)));
         }
@@ -123,6 +139,26 @@ fn of_member(context: &Context<'_>, machine: &Machine<'_>, member: &MemberView) 
     }
     let effect = Effect::MemberStatus { target: target(member), status };
     Some(Action { effect, reason: "how it stands has changed".to_owned(), events })
+}
+
+/// A Member whose machine never said anything of itself.
+fn no_record(context: &Context<'_>, machine: &Machine<'_>, member: &MemberView) -> Option<Verdict> {
+    recorded_by(machine, member).filter(|by| context.now >= *by).map(|_| {
+        let why = format!(
+            "no record of this machine ever came, so it has no address; it joins with its token or by its Node, and if it \
+             never will, run `keystone-mesh remove {}` on the control plane",
+            machine.name
+        );
+        Verdict::unknown("Approved", readiness::NO_RECORD, why)
+    })
+}
+
+/// When the record that comes with a Member should be there, where it is not.
+fn recorded_by(machine: &Machine<'_>, member: &MemberView) -> Option<Now> {
+    /// A join takes seconds, in milliseconds.
+    const JOINING: u64 = 60_000;
+    let silent = machine.node.is_none() && machine.standing == Standing::Silent;
+    silent.then(|| member.created.saturating_add(JOINING))
 }
 
 /// A Member vouches for another machine than the one that has the name.

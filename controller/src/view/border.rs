@@ -31,7 +31,7 @@ impl Meta {
 }
 
 /// Milliseconds since 1970.
-pub(super) fn millis(time: &Time) -> Now {
+pub(crate) fn millis(time: &Time) -> Now {
     u64::try_from(time.0.as_millisecond()).unwrap_or(0)
 }
 

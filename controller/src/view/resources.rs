@@ -19,6 +19,9 @@ use super::{Now, ObjectFault};
 /// The Member condition that says whether there is a Node of its name.
 pub(crate) const NODE: &str = "Node";
 
+/// The Member condition that says that a machine which is no Node is out of reach.
+pub(crate) const REACHED: &str = "Reached";
+
 /// A Member.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MemberView {

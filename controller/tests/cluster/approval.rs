@@ -5,7 +5,7 @@ use std::net::TcpListener;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use k8s_openapi::api::core::v1::{Node, NodeCondition};
+use k8s_openapi::api::core::v1::{Node, NodeCondition, Taint};
 use k8s_openapi::api::events::v1::Event;
 use keystone_lab::wait;
 use keystone_mesh_api::{JoinToken, Member, Peer, READY_CONDITION, STARTUP_TAINT};
@@ -237,6 +237,63 @@ fn a_machine_that_its_autoscaler_took_is_out_while_its_node_is_still_there() {
             Ok(world.ledger(client).await?.held_by(&holder).is_none().then_some(()))
         })?;
         Ok(())
+    });
+}
+
+#[test]
+fn pod_cidrs_are_routed_an_overlap_names_both_sides_and_a_raw_node_is_initialised() {
+    let name = "approval::pod_cidrs_are_routed_an_overlap_names_both_sides_and_a_raw_node_is_initialised";
+    in_world(name, |world| {
+        let _controller = world.controller("a", 9001, &["--approval=auto", "--node-init"])?;
+        let machines = Machine::many("w", 2);
+        let (uninitialized, cidr) = ("node.cloudprovider.kubernetes.io/uninitialized", "10.42.1.0/24");
+        let routes = async |client: &Client, machine: &Machine| {
+            let approval = world.approvals(client).await?.remove(machine.name());
+            anyhow::Ok(approval.map(|approval| approval.routes).unwrap_or_default())
+        };
+        let create = |machine: &Machine| {
+            let mut node = machine.node();
+            let spec = node.spec.get_or_insert_default();
+            spec.pod_cidrs = Some(vec![cidr.to_owned()]);
+            spec.taints.get_or_insert_default().push(Taint {
+                key: uninitialized.to_owned(),
+                effect: "NoSchedule".to_owned(),
+                ..Taint::default()
+            });
+            world.with_client(async |client| Ok(Api::<Node>::all(client).create(&PostParams::default(), &node).await?))
+        };
+        create(&machines[0])?;
+        world.until("its podCIDR is its route", PATIENCE, async |client| {
+            Ok((routes(client, &machines[0]).await? == [cidr.parse()?]).then_some(()))
+        })?;
+        create(&machines[1])?;
+        let refused = world.until("the overlap is refused", PATIENCE, async |client| {
+            let node = Api::<Node>::all(client.clone()).get(machines[1].name()).await?;
+            Ok(condition(&node, "MeshRoutes").filter(|condition| condition.status == "False"))
+        })?;
+        let message = refused.message.unwrap_or_default();
+        assert_eq!(refused.reason.as_deref(), Some("RouteOverlap"));
+        assert!(message.contains(cidr) && message.contains(machines[0].name()), "{message}");
+
+        let node = world.until("it is initialised", PATIENCE, async |client| {
+            let node = Api::<Node>::all(client.clone()).get(machines[1].name()).await?;
+            Ok((!taints(&node).iter().any(|key| key == uninitialized)).then_some(node))
+        })?;
+        let label = |name: &str| node.labels().get(&format!("topology.kubernetes.io/{name}")).map(String::as_str);
+        assert_eq!((label("region"), label("zone")), (Some("home"), Some("home")));
+        let id = node.spec.as_ref().and_then(|spec| spec.provider_id.as_deref());
+        assert_eq!(id, Some("keystone://home/w-1"));
+        let addresses = node.status.and_then(|status| status.addresses).unwrap_or_default();
+        assert!(
+            addresses.iter().any(|one| one.type_ == "InternalIP" && one.address.starts_with("10.98.")),
+            "{addresses:?}"
+        );
+
+        // When the first one goes, the other has the route.
+        world.with_client(async |client| delete(&client, &machines[..1]).await)?;
+        world.until("the route is the other's", PATIENCE, async |client| {
+            Ok((routes(client, &machines[1]).await? == [cidr.parse()?]).then_some(()))
+        })
     });
 }
 

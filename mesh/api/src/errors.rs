@@ -1,54 +1,137 @@
-//! Errors of the API server in words that a person can act on, in one line.
+//! Errors of the API in words that a person can act on: one line with the whole cause, and what to do.
+//!
+//! A connection that fails is told by its innermost cause, which lies below half a dozen layers that only say that it
+//! failed. What the API server itself answered is given as it stands.
 
-use std::error::Error as _;
+use std::error::Error as StdError;
+use std::fmt;
+use std::io;
 
+use k8s_openapi::jiff::Timestamp;
 use kube::Error;
+use rustls::CertificateError;
+use rustls::pki_types::UnixTime;
+use tower::BoxError;
+use tower::util::MapErrLayer;
 
-/// An error of the API: what was said, its causes, and what to do.
+/// An error of the API in words.
 pub fn words(error: &Error) -> String {
-    let Error::Api(status) = error else { return unreachable(&chain(error)) };
-    let said = if status.message.is_empty() { &status.reason } else { &status.message };
-    match status.code {
+    if let Error::Api(status) = error {
+        return answered(status.code, if status.message.is_empty() { &status.reason } else { &status.message });
+    }
+    if let Error::Service(error) = error
+        && error.is::<Unreachable>()
+    {
+        return error.to_string();
+    }
+    format!("the API server cannot be reached: {}", cause_of(error))
+}
+
+fn answered(code: u16, said: &str) -> String {
+    match code {
         401 => format!(
-            "the API server does not accept the credentials ({said}); they ran out, or are another cluster's: renew the \
-             kubeconfig, or restart the pod"
+            "the API server does not accept the credentials ({said}): the token or certificate has expired or was \
+             withdrawn, or is another cluster's"
         ),
-        403 => format!("the API server forbids it: {said}; the chart's roles grant what is needed"),
-        _ => format!("the API server answered {}: {said}", status.code),
+        // The authorizer names user, verb and resource; an admission policy names itself and needs no role.
+        403 if said.contains("cannot") => {
+            format!("the API server forbids it: {said}; the chart's roles grant what is needed")
+        }
+        403 => format!("the API server forbids it: {said}"),
+        _ => format!("the API server answered {code}: {said}"),
     }
 }
 
-fn unreachable(causes: &str) -> String {
-    match remedy(causes) {
-        Some(remedy) => format!("the API server cannot be reached: {causes}; {remedy}"),
-        None => format!("the API server cannot be reached: {causes}"),
+/// A connection to the API server that failed.
+#[derive(Debug)]
+struct Unreachable {
+    server: String,
+    cause: BoxError,
+}
+
+impl fmt::Display for Unreachable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the API server at {} cannot be reached: {}", self.server, cause_of(&*self.cause))
     }
 }
 
-/// What to do, by what rustls and the system say.
-fn remedy(causes: &str) -> Option<&'static str> {
-    const OTHER_CLUSTER: &str = "its certificate is not from the CA of the kubeconfig or ServiceAccount: this is another \
-         cluster, or it was made anew";
-    /// The first that fits; what is told of certificates stands before what is told of connections.
-    const REMEDIES: [(&str, &str); 8] = [
-        ("UnknownIssuer", OTHER_CLUSTER),
-        ("BadSignature", OTHER_CLUSTER),
-        (
-            "not valid for",
-            "its certificate lacks the address by which it was called: add that to the API server's certificate (k3s: \
-             `--tls-san`), or call it by a name that is in there",
-        ),
-        ("Expired", "its certificate ran out, or this machine's clock is wrong"),
-        ("NotValidYet", "this machine's clock is wrong, or the API server's was when its certificate was made"),
-        ("onnection refused", "nothing listens there: does the API server run, and are address and port right?"),
-        ("failed to lookup", "its name does not resolve here: check the address in the kubeconfig and the DNS"),
-        ("elapsed", "nothing answers: are address and port right, and does a firewall or a route stand between?"),
-    ];
-    REMEDIES.iter().find(|(sign, _)| causes.contains(sign)).map(|(_, remedy)| *remedy)
+impl StdError for Unreachable {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        Some(&*self.cause)
+    }
+}
+
+/// Makes a client's failed connections say to where.
+pub fn naming(server: String) -> MapErrLayer<impl Fn(BoxError) -> BoxError + Clone> {
+    MapErrLayer::new(move |cause: BoxError| match cause.downcast::<Error>() {
+        // A request that was not even sent.
+        Ok(error) => error as BoxError,
+        Err(cause) => Unreachable { server: server.clone(), cause }.into(),
+    })
+}
+
+fn cause_of(error: &(dyn StdError + 'static)) -> String {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(known) = known(error) {
+            return known;
+        }
+        // An io::Error passes over what it carries.
+        let carried = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+        next = carried.map(|carried| carried as &(dyn StdError + 'static)).or_else(|| error.source());
+    }
+    chain(error)
+}
+
+/// Causes of which it is known what to do.
+#[expect(clippy::wildcard_enum_match_arm, reason = "of the system's many errors these few are a connection's")]
+fn known(error: &(dyn StdError + 'static)) -> Option<String> {
+    if let Some(rustls::Error::InvalidCertificate(error)) = error.downcast_ref() {
+        return Some(certificate(error));
+    }
+    let error = error.downcast_ref::<io::Error>().filter(|error| error.get_ref().is_none())?;
+    let advice = match error.kind() {
+        io::ErrorKind::ConnectionRefused => "nothing listens there; is it running, and is this its address?",
+        io::ErrorKind::TimedOut => "is this its address, and is there a way to it?",
+        io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => "this host has no way to it",
+        _ => return None,
+    };
+    Some(format!("{error}: {advice}"))
+}
+
+#[expect(clippy::wildcard_enum_match_arm, reason = "the others are told in rustls' words")]
+fn certificate(error: &CertificateError) -> String {
+    match error {
+        CertificateError::NotValidForNameContext { expected, presented } => {
+            let expected = expected.to_str();
+            format!(
+                "its certificate does not name {expected}, only {}; add {expected} to it (k3s: --tls-san {expected}; kubeadm: \
+                 apiServer.certSANs), or use an address that it names",
+                presented.join(", ")
+            )
+        }
+        CertificateError::ExpiredContext { not_after, .. } => {
+            format!("its certificate ended at {}; renew it, or set this host's clock if that is wrong", time(*not_after))
+        }
+        CertificateError::NotValidYetContext { not_before, .. } => {
+            format!("its certificate begins at {} only; is this host's clock right?", time(*not_before))
+        }
+        CertificateError::UnknownIssuer | CertificateError::BadSignature => {
+            "its certificate is not signed by the authority that these credentials name: they are another cluster's or from \
+             before its authority changed, or something else answers there"
+                .to_owned()
+        }
+        error => format!("its certificate is not accepted: {error}"),
+    }
+}
+
+fn time(at: UnixTime) -> String {
+    let seconds = i64::try_from(at.as_secs()).unwrap_or(i64::MAX);
+    Timestamp::from_second(seconds).map_or_else(|_| format!("second {seconds}"), |time| time.to_string())
 }
 
 /// An error with its causes. The outer ones of a connection that fails only say that it does.
-fn chain(error: &Error) -> String {
+pub fn chain(error: &dyn StdError) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
@@ -59,43 +142,5 @@ fn chain(error: &Error) -> String {
         }
         cause = error.source();
     }
-    text.replace('\n', " ")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[derive(Debug)]
-    struct Outer(std::io::Error);
-
-    impl std::fmt::Display for Outer {
-        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-            f.write_str("client error (Connect)")
-        }
-    }
-
-    impl std::error::Error for Outer {
-        fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-            Some(&self.0)
-        }
-    }
-
-    #[test]
-    fn an_error_of_a_connection_tells_its_cause_and_what_to_do() {
-        let of = |cause: &str| words(&Error::Service(Box::new(Outer(std::io::Error::other(cause.to_owned())))));
-        let said = of("tcp connect error: Connection refused (os error 111)");
-        assert!(said.contains("client error (Connect): tcp connect error: Connection refused"), "{said}");
-        assert!(said.ends_with("are address and port right?"), "{said}");
-        for (cause, remedy) in [
-            ("invalid peer certificate: UnknownIssuer", "another cluster"),
-            ("invalid peer certificate: certificate not valid for name \"10.0.0.1\"; valid for:\n a", "--tls-san"),
-            ("invalid peer certificate: Expired", "clock"),
-            ("deadline has elapsed", "firewall"),
-        ] {
-            let said = of(cause);
-            assert!(said.contains(remedy) && !said.contains('\n'), "{said}");
-        }
-        assert!(of("something else").ends_with("something else"));
-    }
+    text
 }

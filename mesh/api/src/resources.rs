@@ -35,6 +35,7 @@ fn networks<const MOST: u32>(_: &mut SchemaGenerator) -> Schema {
     printcolumn = r#"{"name":"Addresses","type":"string","jsonPath":".status.addresses"}"#,
     printcolumn = r#"{"name":"Approved","type":"string","jsonPath":".status.conditions[?(@.type==\"Approved\")].status"}"#,
     printcolumn = r#"{"name":"Reason","type":"string","jsonPath":".status.conditions[?(@.type==\"Approved\")].reason"}"#,
+    printcolumn = r#"{"name":"Reached","type":"string","jsonPath":".status.conditions[?(@.type==\"Reached\")].status"}"#,
     printcolumn = r#"{"name":"Token","type":"string","jsonPath":".spec.token","priority":1}"#,
     printcolumn = r#"{"name":"Identity","type":"string","jsonPath":".spec.identity","priority":1}"#,
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#,
@@ -66,6 +67,7 @@ pub struct MemberStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub addresses: Vec<String>,
     /// `Approved`: whether the machine is in the network, and why (not). `Node`: whether there is a Node of its name.
+    /// `Reached`: False where there is none and the control plane does not reach the machine.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
@@ -143,7 +145,7 @@ pub struct PeerStatus {
     validation = Rule::new("self.spec.hash == oldSelf.spec.hash")
         .message("the hash of a JoinToken cannot be changed: make another with `keystone-mesh token create`"),
     validation = Rule::new("self.metadata.name.matches('^[a-z2-7]{13}$')")
-        .message("a JoinToken is named after its token's id, 13 characters a-z and 2-7")
+        .message("a JoinToken is named after its token's id, 13 characters a-z and 2-7; `keystone-mesh token create` does it")
 )]
 #[serde(rename_all = "camelCase")]
 pub struct JoinTokenSpec {

@@ -30,7 +30,7 @@ const PROOF_LABEL: &[u8] = b"keystone-mesh 1 key proof";
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum KeyError {
     /// The text is not in the alphabet of its encoding.
-    #[error("not a {what}: expected {expected}")]
+    #[error("not a valid {what}: expected {expected}")]
     Encoding {
         /// What was being read.
         what: &'static str,
@@ -38,7 +38,7 @@ pub enum KeyError {
         expected: &'static str,
     },
     /// The text decodes to another number of bytes.
-    #[error("not a {what}: {actual} bytes where {wanted} are expected (truncated?)")]
+    #[error("not a valid {what}: {actual} bytes where {wanted} are expected (truncated?)")]
     Length {
         /// What was being read.
         what: &'static str,

@@ -297,6 +297,7 @@ struct BenchArgs {
 
 /// Parses the command line, runs the command, and tells errors as a person reads them.
 pub fn main() -> ExitCode {
+    crate::sys::memory::give_back_large_blocks();
     let cli = Cli::parse();
     // Everything that this program makes is its user's alone.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));

@@ -18,7 +18,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::cni::service::PodService;
 use crate::kube_api::access::Grant;
-use crate::status::Status;
+use crate::status::{Condition, Status};
 
 /// Longest request, in bytes.
 const MAX_REQUEST: u64 = 64 << 10;
@@ -31,6 +31,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub enum Request {
     /// Everything about the daemon.
     Status,
+    /// What the controller says of this node, which the API server is asked for.
+    Conditions,
     /// Begin to connect to a peer although no packet waits for it.
     Connect {
         /// The peer's name.
@@ -84,6 +86,11 @@ pub enum Request {
 pub enum Answer {
     /// Everything about the daemon.
     Status(Box<Status>),
+    /// What the controller says; nothing where the registry is not Kubernetes.
+    Conditions {
+        /// By type.
+        conditions: Vec<Condition>,
+    },
     /// A token; its text is secret.
     Token {
         /// What the person copies.

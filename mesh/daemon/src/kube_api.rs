@@ -4,12 +4,9 @@
 
 pub mod access;
 pub mod watch;
-mod words;
 
+pub use keystone_mesh_api::errors::words;
 use kube::Error;
-
-use self::words::chain;
-pub use self::words::words;
 
 /// The HTTP status with which the API server answered, where it did.
 pub fn status_code(error: &Error) -> Option<u16> {

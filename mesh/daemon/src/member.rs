@@ -115,6 +115,7 @@ pub async fn answer(backend: &dyn Backend, request: Request) -> Answer {
         }
         Request::Remove { name } => backend.remove(&name).await.map(|()| Answer::Done).map_err(anyhow::Error::msg),
         Request::Status
+        | Request::Conditions
         | Request::Connect { .. }
         | Request::Leave { .. }
         | Request::UseKubernetes { .. }

@@ -25,7 +25,7 @@ use keystone_mesh_core::network::SignedNetwork;
 use keystone_mesh_core::node::{Entry, NodeName, SignedApproval, SignedRecord};
 use keystone_mesh_core::plain_peer::SignedPlainPeer;
 
-use crate::status::NodeFault;
+use crate::status::{Condition, NodeFault};
 
 /// What a registry tells.
 #[derive(Clone, Debug)]
@@ -132,6 +132,11 @@ pub trait Registry: Send {
     /// What is wrong with what it reads of others; nothing where somebody else has read and checked it before.
     fn faults(&self) -> Faults {
         Faults::default()
+    }
+
+    /// What the controller says of this node; none where there is no controller to ask for.
+    fn conditions(&self) -> Option<Answer<'static, Result<Vec<Condition>, String>>> {
+        None
     }
 
     /// What it has written; none where it writes nothing itself.

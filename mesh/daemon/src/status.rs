@@ -17,6 +17,9 @@ use crate::registry::counts::GatewaySnapshot;
 pub struct Status {
     /// This node.
     pub node: Node,
+    /// What the controller says of this node; only where it was asked for, and the registry is Kubernetes.
+    #[serde(default)]
+    pub conditions: Vec<Condition>,
     /// The relays it listens on.
     pub relays: Vec<Relay>,
     /// Where it publishes and watches records.
@@ -86,6 +89,20 @@ pub struct Node {
     pub pid: u32,
     /// Seconds since the daemon started.
     pub uptime_s: f64,
+}
+
+/// A condition of this node's object in Kubernetes.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+pub struct Condition {
+    /// Its type, such as `MeshReady`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// `True`, `False` or `Unknown`.
+    pub status: String,
+    /// Why, for programs.
+    pub reason: String,
+    /// Why, for people.
+    pub message: String,
 }
 
 /// What the network says of a node.

@@ -97,7 +97,11 @@ impl Network {
     fn token(&self, request: Request) -> Token {
         match member::answer(&*self.store, request).now_or_never().unwrap() {
             Answer::Token { token, .. } => token.parse().unwrap(),
-            Answer::Status(_) | Answer::Tokens { .. } | Answer::Done | Answer::Failed { .. } => panic!("no token"),
+            Answer::Status(_)
+            | Answer::Conditions { .. }
+            | Answer::Tokens { .. }
+            | Answer::Done
+            | Answer::Failed { .. } => panic!("no token"),
         }
     }
 

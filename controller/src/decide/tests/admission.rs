@@ -5,7 +5,7 @@ use keystone_mesh_core::annotations::{self, Writer};
 use keystone_mesh_core::node::Approval;
 
 use super::world::*;
-use crate::view::{APPROVED_CONDITION, CloudClaim, CloudKind};
+use crate::view::{APPROVED_CONDITION, CloudClaim, CloudKind, Reach};
 
 #[test]
 fn nothing_is_decided_before_everything_was_listed() {
@@ -548,4 +548,69 @@ fn when_addresses_run_out_it_is_told_and_looked_after() {
     world.pass(QUARANTINE * SECOND);
     world.settle();
     assert_eq!(world.address("worker-8"), "10.98.0.2");
+}
+
+#[test]
+fn a_member_that_is_no_node_is_told_to_be_absent_and_stays() {
+    const DAY: u64 = 24 * 60 * MINUTE;
+    let mut world = World::plain();
+    world.home();
+    world.token("t", |_| {});
+    world.join("laptop", 2, "t");
+    world.settle();
+    assert!(world.is_in("laptop"));
+    // It is reached, and that is no news; then it is not.
+    world.report("home", &[("laptop", Reach::Reached)]);
+    world.settle();
+    assert_eq!(world.member_says("laptop", "Reached"), "");
+    world.pass(SECOND);
+    world.report("home", &[("laptop", Reach::Unreached)]);
+    assert_eq!(world.decide().actions, []);
+    world.now = world.decide().again_at.unwrap();
+    let events = world.settle();
+    assert_eq!(reasons(&events), ["Unreached"]);
+    assert_eq!(world.member_says("laptop", "Reached"), "False/Unreached");
+    let status = world.api.members["laptop"].status.clone().unwrap();
+    let message = &status.conditions.iter().find(|condition| condition.type_ == "Reached").unwrap().message;
+    assert!(message.contains("keystone-mesh remove laptop"), "{message}");
+    // After a day it is counted, also by a controller that starts anew; whether it is gone for good only people know.
+    let gone = world.now;
+    world.restart();
+    world.pass(DAY - 1);
+    assert_eq!(world.decide().gauges.members_absent, 0);
+    assert_eq!(world.decide().again_at, Some(gone / SECOND * SECOND + DAY));
+    world.pass(SECOND);
+    assert_eq!(world.decide().gauges.members_absent, 1);
+    world.pass(1000 * DAY);
+    world.settle();
+    assert!(world.is_in("laptop"));
+    // It comes back.
+    world.report("home", &[("laptop", Reach::Reached)]);
+    world.pass(MINUTE);
+    world.report("home", &[("laptop", Reach::Reached)]);
+    world.settle();
+    assert_eq!(world.member_says("laptop", "Reached"), "True/Reached");
+    assert_eq!(world.decide().gauges.members_absent, 0);
+    // As a Node it has the Node's conditions.
+    world.node("laptop");
+    world.publish("laptop", 2);
+    world.settle();
+    assert_eq!(world.member_says("laptop", "Reached"), "");
+}
+
+#[test]
+fn a_member_whose_machine_never_came_says_so() {
+    let mut world = World::plain();
+    world.vouch("laptop", 2);
+    world.settle();
+    assert_eq!(world.member_says("laptop", "Approved"), "", "its record may be on its way");
+    world.now = world.decide().again_at.unwrap();
+    world.settle();
+    assert_eq!(world.member_says("laptop", "Approved"), "Unknown/NoRecord");
+    world.pass(25 * 60 * MINUTE);
+    assert_eq!(world.decide().gauges.members_absent, 1);
+    world.publish("laptop", 2);
+    world.settle();
+    assert_eq!(world.member_says("laptop", "Approved"), "True/Approved");
+    assert_eq!(world.decide().gauges.members_absent, 0);
 }

@@ -16,14 +16,7 @@ impl Policy {
     /// Reads a policy's `spec`.
     pub fn read(spec: &Value) -> Self {
         let mut faults = Vec::new();
-        let policy_types: BTreeSet<&str> = list(spec.get("policyTypes")).filter_map(Value::as_str).collect();
-        let has_egress = list(spec.get("egress")).next().is_some();
-        let named = |direction| policy_types.contains(direction);
-        // Without types it is about ingress, and about egress where it says something of that.
-        let (ingress, egress) = match policy_types.is_empty() {
-            true => (true, has_egress),
-            false => (named("Ingress"), named("Egress")),
-        };
+        let (ingress, egress) = directions(spec, &mut faults);
         let pods = read_selector(spec.get("podSelector"), "spec.podSelector").unwrap_or_else(|fault| {
             faults.push(format!("{fault}; every pod of the namespace is taken as selected"));
             Selector::default()
@@ -34,8 +27,31 @@ impl Policy {
     }
 }
 
+/// Whether it is about ingress, and whether about egress.
+fn directions(spec: &Value, faults: &mut Vec<String>) -> (bool, bool) {
+    let mut about = (false, false);
+    for one in list(spec.get("policyTypes")) {
+        match one.as_str() {
+            Some("Ingress") => about.0 = true,
+            Some("Egress") => about.1 = true,
+            Some(_) | None => {
+                faults.push(format!("spec.policyTypes: {one} is not known; it is taken as Ingress and Egress"));
+                about = (true, true);
+            }
+        }
+    }
+    match about {
+        // Without types it is about ingress, and about egress where it says something of that.
+        (false, false) => (true, list(spec.get("egress")).next().is_some()),
+        about => about,
+    }
+}
+
 fn rules(spec: &Value, direction: &str, peers: &str, faults: &mut Vec<String>) -> Vec<Rule> {
     let mut rules = Vec::new();
+    if spec.get(direction).is_some_and(|rules| !rules.is_null() && !rules.is_array()) {
+        faults.push(format!("spec.{direction}: not a list"));
+    }
     for (place, rule) in list(spec.get(direction)).enumerate() {
         let at = format!("spec.{direction}[{place}]");
         match read_rule(rule, peers, &at, faults) {

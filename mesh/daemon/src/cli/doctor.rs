@@ -106,7 +106,8 @@ fn describe(findings: &[Finding], status: Option<&Status>) -> String {
     }
     for peer in status.iter().flat_map(|status| &status.peers) {
         let Some(reason) = &peer.reason else { continue };
-        text.push_str(&format!("\n{} is {}, not direct: {reason}\n", peer.name, peer.path));
+        let path = if peer.path == "none" { "not reached" } else { peer.path.as_str() };
+        text.push_str(&format!("\n{} is {path}, not direct: {reason}\n", peer.name));
         for line in &peer.tried {
             text.push_str(&format!("  {line}\n"));
         }

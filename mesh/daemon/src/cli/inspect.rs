@@ -5,7 +5,7 @@ use ipnet::IpNet;
 use super::output::{ago, bytes, print, print_json, table};
 use crate::config::Places;
 use crate::control::{self, Answer, Request, not_the_question};
-use crate::status::{NetworkPolicy, Peer, PlainPeer, Registry, Status};
+use crate::status::{Approval, Condition, NetworkPolicy, Peer, PlainPeer, Registry, Status};
 
 /// Asks the daemon for its status.
 pub(super) async fn fetch(places: &Places) -> anyhow::Result<Status> {
@@ -14,7 +14,14 @@ pub(super) async fn fetch(places: &Places) -> anyhow::Result<Status> {
 }
 
 pub(super) async fn status(places: &Places, json: bool) -> anyhow::Result<()> {
-    let status = fetch(places).await?;
+    let mut status = fetch(places).await?;
+    if status.registry.kind == "kubernetes" && status.registry.state == "current" {
+        match control::ask(&places.socket(), &Request::Conditions).await {
+            Ok(Answer::Conditions { conditions }) => status.conditions = conditions,
+            Ok(_) => return Err(not_the_question().into()),
+            Err(error) => status.warnings.push(format!("what the controller says of this node is not known: {error}")),
+        }
+    }
     if json { print_json(&status) } else { print(&describe(&status)) }
 }
 
@@ -42,15 +49,19 @@ fn head(status: &Status) -> String {
     let name = node.name.as_ref().map_or("(plain WireGuard)", |name| name.as_str());
     let role = if node.control_plane { ", control plane" } else { "" };
     let addresses: Vec<String> = node.addresses.iter().map(|net| net.addr().to_string()).collect();
-    let mut text = format!("{name}{role}  {}\n", addresses.join("  "));
+    let mut text = format!("{name}{role}  {}", addresses.join("  ")).trim_end().to_owned() + "\n";
     let mut fact = |key: &str, value: String| text.push_str(&format!("  {key:<10} {value}\n"));
     fact("interface", format!("{} (MTU {}), UDP port {}", node.interface, node.mtu, node.listen_port));
     if let Some(network) = node.network {
         fact("network", network.to_string());
     }
     if node.name.is_some() {
+        fact("identity", node.identity.to_string());
         let why = node.approval_reason.as_ref().map_or(String::new(), |why| format!(": {why}"));
         fact("approval", format!("{}{why}", node.approval.label()));
+        for condition in status.conditions.iter().filter(|condition| !repeats(condition, node.approval)) {
+            fact("condition", describe_condition(condition));
+        }
         if let Some(location) = &node.location {
             fact("location", location.to_string());
         }
@@ -103,6 +114,21 @@ fn network_policy(policy: &NetworkPolicy) -> String {
         text.push_str(&format!(": {why}"));
     }
     text
+}
+
+/// Whether a condition says no more than the line of the approval.
+fn repeats(condition: &Condition, approval: Approval) -> bool {
+    match approval {
+        Approval::Approved => condition.kind.ends_with("Approved") && condition.status == "True",
+        Approval::Pending => condition.reason == "WaitingForApproval",
+        Approval::Revoked | Approval::None => false,
+    }
+}
+
+fn describe_condition(condition: &Condition) -> String {
+    let Condition { kind, status, reason, message } = condition;
+    let code = if status == "True" { String::new() } else { format!(" ({reason})") };
+    format!("{kind} {status}{code}: {message}")
 }
 
 /// The registry in a line, with how long it has been lost and what stands in for it.
@@ -164,7 +190,6 @@ fn row(peer: &Peer) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::status::Approval;
     use crate::status::tests::sample;
 
     #[test]
@@ -190,6 +215,26 @@ mod tests {
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
         }
+    }
+
+    #[test]
+    fn conditions_show_their_reason_where_they_are_not_true() {
+        let mut status = sample();
+        let condition = |kind: &str, status: &str, reason: &str, message: &str| Condition {
+            kind: kind.into(),
+            status: status.into(),
+            reason: reason.into(),
+            message: message.into(),
+        };
+        status.conditions = vec![
+            condition("MeshApproved", "True", "Approved", "in the network with 10.98.0.1"),
+            condition("MeshReady", "True", "Reached", "its peers reach it through the mesh"),
+            condition("MeshRoutes", "False", "RouteOverlap", "10.42.1.0/24 overlaps"),
+        ];
+        let text = head(&status);
+        assert!(text.contains("  condition  MeshReady True: its peers reach it through the mesh\n"), "{text}");
+        assert!(!text.contains("MeshApproved"), "the line of the approval says it: {text}");
+        assert!(text.contains("  condition  MeshRoutes False (RouteOverlap): 10.42.1.0/24 overlaps\n"), "{text}");
     }
 
     #[test]

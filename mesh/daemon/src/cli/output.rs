@@ -40,12 +40,16 @@ pub(super) fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
-/// Logs to standard error, but not the engine's words, which calls a peer that does not answer an error: without times under systemd, which has its own, and with colours on a terminal alone.
+/// What does not belong in a log: the engine calls a peer that does not answer an error, and kube each connection that
+/// fails, without a cause; whoever asked says it with one.
+const NOT_LOGGED: &str = "boringtun=off,kube_client::client::builder=off";
+
+/// Logs to standard error: without times under systemd, which has its own, and with colours on a terminal alone.
 pub(super) fn start_log(filter: &str) {
     let under_systemd = std::env::var_os("JOURNAL_STREAM").is_some();
-    let (filter, wrong) = match EnvFilter::try_new(format!("boringtun=off,{filter}")) {
+    let (filter, wrong) = match EnvFilter::try_new(format!("{NOT_LOGGED},{filter}")) {
         Ok(filter) => (filter, None),
-        Err(error) => (EnvFilter::new("boringtun=off,info"), Some(error)),
+        Err(error) => (EnvFilter::new(format!("{NOT_LOGGED},info")), Some(error)),
     };
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)

@@ -628,6 +628,21 @@ impl Driver {
         let Call { request, answer } = call;
         let said = match request {
             Request::Status => Answer::Status(Box::new(report::status(self, Instant::now()))),
+            Request::Conditions => {
+                let asked = self.uplink.registry.as_ref().and_then(|registry| registry.conditions());
+                let Some(asked) = asked else {
+                    let _ = answer.send(Answer::Conditions { conditions: Vec::new() });
+                    return None;
+                };
+                // Kubernetes may take a while; the mesh does not wait for it.
+                tokio::spawn(async move {
+                    answer.send(match asked.await {
+                        Ok(conditions) => Answer::Conditions { conditions },
+                        Err(message) => failed(message),
+                    })
+                });
+                return None;
+            }
             Request::Connect { name } => match self.mesh.peer_named(&name) {
                 Some(key) => {
                     self.mesh.handle_demand(&key, Instant::now());

@@ -7,6 +7,7 @@ use keystone_mesh_core::mesh::PeerStatus;
 use keystone_mesh_core::node::{Entry, NodeName, SignedApproval};
 use keystone_mesh_core::path::{Outcome, State, Tried};
 use keystone_mesh_core::plain_peer::SignedPlainPeer;
+use keystone_mesh_core::plan::Fault;
 use keystone_mesh_core::{NodeId, PublicKey, Via};
 
 use super::driver::{Driver, RegistryState};
@@ -36,6 +37,7 @@ pub(super) fn status(driver: &Driver, now: Instant) -> Status {
     let faults = faults(driver);
     Status {
         node: node(driver, now),
+        conditions: Vec::new(),
         relays: driver.relays.iter().map(|relay| describe_relay(driver, relay)).collect(),
         registry: registry(driver, now),
         peers,
@@ -96,7 +98,10 @@ fn approval(driver: &Driver, own: Option<&Entry>) -> (Approval, Option<String>) 
 /// What the plan leaves out, and what the registry reads and cannot use.
 fn faults(driver: &Driver) -> Faults {
     let mut all = driver.uplink.registry.as_ref().map(|registry| registry.faults()).unwrap_or_default();
-    let planned = Faults::of(driver.mesh.faults().iter().map(NodeFault::of_plan));
+    // That this node waits is said where its approval is.
+    let own =
+        |fault: &&Fault| !matches!(fault, Fault::NotApproved { name } if driver.start.name.as_ref() == Some(name));
+    let planned = Faults::of(driver.mesh.faults().iter().filter(own).map(NodeFault::of_plan));
     for (code, count) in planned.counts {
         *all.counts.entry(code).or_default() += count;
     }

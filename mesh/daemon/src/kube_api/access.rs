@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use keystone_mesh_api::errors;
 use kube::client::ClientBuilder;
 use kube::config::{AuthInfo, KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
@@ -217,8 +218,8 @@ impl Access {
         // Whoever asks has a backoff of its own, and says why it waits.
         config.default_retry = false;
         let server = config.cluster_url.to_string();
-        let naming = super::words::naming(server.trim_end_matches('/').to_owned());
-        let builder = ClientBuilder::try_from(config).map_err(|error| AccessError::Client(super::chain(&error)))?;
+        let naming = errors::naming(server.trim_end_matches('/').to_owned());
+        let builder = ClientBuilder::try_from(config).map_err(|error| AccessError::Client(errors::chain(&error)))?;
         let client = builder.with_layer(&naming).build();
         *self.made() = Some((client.clone(), granted));
         Ok(client)
@@ -268,7 +269,7 @@ fn find_kubeconfig() -> Result<PathBuf, AccessError> {
 async fn from_kubeconfig(path: &Path) -> Result<Config, AccessError> {
     let error = |error: kube::config::KubeconfigError| AccessError::Kubeconfig {
         path: path.to_owned(),
-        why: super::chain(&error),
+        why: errors::chain(&error),
     };
     let kubeconfig = Kubeconfig::read_from(path).map_err(error)?;
     Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.map_err(error)

@@ -350,4 +350,27 @@ mod tests {
         assert_eq!(node(json!({ "podCIDR": "10.42.1.0/24" })), nets(&["10.42.1.0/24"]));
         assert!(node(json!({})).is_empty());
     }
+
+    #[test]
+    fn thirty_thousand_pods_take_megabytes() {
+        let resident = || -> usize {
+            let status = std::fs::read_to_string("/proc/self/status").unwrap();
+            let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+            line.trim().trim_end_matches(" kB").parse().unwrap()
+        };
+        let mut store = Store::default();
+        let before = resident();
+        for number in 0..30_000 {
+            store.pod(pod(&format!("deployment-{}-5d9c7f6b8-{number:05x}", number / 10), |pod| {
+                pod["metadata"]["labels"]["pod-template-hash"] = json!(format!("{:x}", number / 10));
+                pod["spec"]["nodeName"] = json!(format!("node-{}", number / 30));
+                pod["status"]["podIPs"] = json!([{ "ip": format!("10.42.{}.{}", number >> 8, number & 255) },
+                    { "ip": format!("fd00:42::{number:x}") }]);
+            }));
+        }
+        let grown = resident().saturating_sub(before);
+        println!("30,000 pods: {} MiB", grown / 1024);
+        // Other tests run beside it; what is asserted is an order of magnitude.
+        assert!(store.cluster.pods.len() == 30_000 && grown < 300 * 1024, "{grown} KiB");
+    }
 }

@@ -25,6 +25,7 @@ use super::{Answer, Event, Faults, Registry, Writes};
 use crate::clock::unix_now;
 use crate::kube_api::access::{Access, Grant};
 use crate::kube_api::watch::Pace;
+use crate::status::Condition;
 
 /// Access that does not say when it ends is given so long. It is renewed every few seconds.
 const UNTOLD_LIFE: Duration = Duration::from_secs(3600);
@@ -283,6 +284,10 @@ impl Registry for Handover {
 
     fn faults(&self) -> Faults {
         self.current.1.faults()
+    }
+
+    fn conditions(&self) -> Option<Answer<'static, Result<Vec<Condition>, String>>> {
+        self.current.1.conditions()
     }
 
     fn writes(&self) -> Option<Writes> {

@@ -3,6 +3,7 @@
 //! [`hub`] watches and writes; [`desk`] decides what is written and when; a [`KubernetesRegistry`] is one node's part of
 //! it. Kubernetes is a carrier: everything is verified where it is read, and its absence takes nothing away.
 
+mod conditions;
 pub mod desk;
 pub mod gateway;
 pub mod hub;
@@ -20,6 +21,7 @@ use tokio::sync::{broadcast, watch};
 use self::hub::{Heard, Hub};
 use super::backend::{Change, Watched};
 use super::{Answer, Event, Faults, Registry, Writes};
+use crate::status::Condition;
 
 /// One node's registry in Kubernetes.
 #[derive(Debug)]
@@ -98,6 +100,11 @@ impl Registry for KubernetesRegistry {
 
     fn faults(&self) -> Faults {
         self.hub.faults()
+    }
+
+    fn conditions(&self) -> Option<Answer<'static, Result<Vec<Condition>, String>>> {
+        let (access, name) = (self.hub.access().clone(), self.own.0.clone());
+        Some(Box::pin(async move { conditions::of(&access, &name).await }))
     }
 
     fn writes(&self) -> Option<Writes> {

@@ -46,6 +46,7 @@ pub(crate) fn sample() -> Status {
             pid: 1,
             uptime_s: 60.0,
         },
+        conditions: vec![],
         relays: vec![Relay {
             id: secret(9).identity().id(),
             address: "198.51.100.9:51840".into(),

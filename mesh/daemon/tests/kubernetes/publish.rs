@@ -71,3 +71,50 @@ fn a_record_is_published_once_and_put_right_and_others_are_seen() {
         },
     );
 }
+
+#[test]
+fn what_the_controller_says_of_a_node_is_read_from_its_node_or_else_its_member() {
+    let name = "publish::what_the_controller_says_of_a_node_is_read_from_its_node_or_else_its_member";
+    with_api_server(name, Options::default(), |server| {
+        install_resources(server)?;
+        apply_network(server)?;
+        let member = serde_json::json!({
+            "apiVersion": "mesh.keystone.cluster/v1alpha1", "kind": "Member", "metadata": { "name": "w" },
+            "spec": { "identity": secret(3).identity().id().to_string() },
+        });
+        server.apply(&member.to_string())?;
+        let condition = |kind: &str, status: &str, message: &str| {
+            serde_json::json!({
+                "type": kind, "status": status, "reason": "Because", "message": message,
+                "lastTransitionTime": "2026-01-01T00:00:00Z",
+            })
+        };
+        let say = |object: &str, conditions: Value| {
+            let patch = serde_json::json!({ "status": { "conditions": conditions } }).to_string();
+            server.kubectl(&["patch", object, "w", "--subresource=status", "--type=merge", "--patch", &patch])
+        };
+        say("member", serde_json::json!([condition("Approved", "False", "it waits")]))?;
+        let asked = || {
+            // A client lives no longer than the runtime that it was made in.
+            let access = access(server, "conditions")?;
+            run(async move {
+                let registry = registry(&hub(access, hasty()), 3, "w");
+                let asked = registry.conditions().unwrap();
+                asked.await.map_err(anyhow::Error::msg)
+            })
+        };
+        let of_member = asked()?;
+        assert_eq!((of_member[0].kind.as_str(), of_member[0].message.as_str()), ("Approved", "it waits"));
+
+        server.apply(&node("w", &Default::default()))?;
+        let all = [
+            condition("MeshReady", "True", "reached"),
+            condition("Ready", "True", "the kubelet's"),
+            condition("MeshApproved", "True", "let in"),
+        ];
+        say("node", serde_json::json!(all))?;
+        let kinds: Vec<String> = asked()?.into_iter().map(|condition| condition.kind).collect();
+        assert_eq!(kinds, ["MeshApproved", "MeshReady"], "ours alone, by type");
+        Ok(())
+    });
+}

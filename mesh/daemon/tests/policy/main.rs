@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![expect(clippy::print_stdout, reason = "a test prints its table")]
 
+mod cost;
 mod daemon;
 mod gap;
 mod stage;

@@ -37,11 +37,10 @@ pub(super) fn play(story: &mut Story, plane: &Plane, relay: NodeId, daemons: &[A
         memory.push(used.into_iter().collect::<Result<Vec<u64>>>()?);
         rounds.push(times);
     }
-    let held = (1..=ROUNDS).map(|round| plane.claims_of(&format!("burst-{round}-")));
-    let held: Vec<String> = held.collect::<Result<Vec<_>>>()?.concat();
-    let live = held.iter().filter(|claim| !claim.contains(" released ")).count();
-    let found = format!("{live} are held, {} are kept from others for a while", held.len() - live);
-    story.check(live == 0 && held.len() == usize::from(ROUNDS) * NODES as usize, "no address is held", &found);
+    let claims = plane.claims_of("burst-")?;
+    let live = claims.iter().filter(|claim| !claim.contains(" released ")).count();
+    let found = format!("{live} are held, {} are kept from others for a while", claims.len() - live);
+    story.check(live == 0 && !claims.is_empty(), "no address is held", &found);
     for (number, who) in ["the controller", "a daemon"].into_iter().enumerate() {
         let sizes: Vec<u64> = memory.iter().map(|used| used[number]).collect();
         let grown = sizes[sizes.len() - 1].saturating_sub(sizes[0]);

@@ -22,9 +22,11 @@ use crate::scenario::spread::Spread;
 use crate::scenario::stage::Stage;
 use crate::story::{Story, millis};
 
-/// Goals. One about time fails at [`TOLERANCE`] times as much only: the machine may be busy with other things.
+/// Goals; those of memory are for so many nodes. One about time fails at [`TOLERANCE`] times as much only: the machine may be
+/// busy with other things.
 const CONTROLLER_MEMORY: u64 = 150 << 20;
 const AGENT_MEMORY: u64 = 40 << 20;
+const MEMORY_NODES: u32 = 1000;
 const CHANGE_P99: Duration = Duration::from_secs(2);
 
 /// Daemons that stay for the simulated nodes: each of them verifies every record and every approval.
@@ -70,7 +72,7 @@ pub(in crate::scenario) fn play(stage: &mut Stage, story: &mut Story, options: &
     story.chapter("Single nodes come and go");
     let comings = comings(story, &plane, relay, &daemons)?;
     bill.tell(story, &format!("{COMINGS} comings and goings"))?;
-    let memory = memory(story, &plane.controller, &daemons)?;
+    let memory = memory(story, &plane.controller, &daemons, options.nodes)?;
     Ok(json!({
         "daemons": options.daemons,
         "nodes": options.nodes,
@@ -272,16 +274,25 @@ impl Bill {
     }
 }
 
-fn memory(story: &mut Story, controller: &Process, daemons: &[Arc<Node>]) -> Result<Value> {
-    let megabytes = |bytes: u64| format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20));
+fn memory(story: &mut Story, controller: &Process, daemons: &[Arc<Node>], nodes: u32) -> Result<Value> {
+    let megabytes = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
     // A debug build's code alone is larger than what a release takes in all.
     let counted = |usage: Usage| if cfg!(debug_assertions) { usage.anonymous } else { usage.rss };
-    let controller = counted(Usage::of(controller.id())?);
-    let claim = format!("the controller takes less than {}", megabytes(CONTROLLER_MEMORY));
-    story.check(controller < CONTROLLER_MEMORY, &claim, &megabytes(controller));
-    let agents = daemons.iter().filter_map(|daemon| daemon.id()).map(|id| Ok(counted(Usage::of(id)?)));
-    let largest = agents.collect::<Result<Vec<_>>>()?.into_iter().max().unwrap_or_default();
-    let claim = format!("a daemon takes less than {}", megabytes(AGENT_MEMORY));
-    story.check(largest < AGENT_MEMORY, &claim, &format!("{} at most", megabytes(largest)));
-    Ok(json!({ "controller_bytes": controller, "largest_daemon_bytes": largest }))
+    let mut told = |who: &str, limit: u64, usage: Usage| {
+        let found = format!("{}, {} of it its own", megabytes(usage.rss), megabytes(usage.anonymous));
+        if nodes <= MEMORY_NODES {
+            let claim = format!("{who} takes less than {}", megabytes(limit));
+            story.check(counted(usage) < limit, &claim, &found);
+        } else {
+            story.step(&format!("{who} takes {found}"));
+        }
+    };
+    let controller = Usage::of(controller.id())?;
+    told("the controller", CONTROLLER_MEMORY, controller);
+    let usages = daemons.iter().filter_map(|daemon| daemon.id()).map(Usage::of);
+    let largest = usages.collect::<Result<Vec<_>>>()?.into_iter().max_by_key(|usage| usage.rss);
+    let largest = largest.context("there are daemons")?;
+    told("the largest daemon", AGENT_MEMORY, largest);
+    let both = |usage: Usage| json!({ "rss": usage.rss, "anonymous": usage.anonymous });
+    Ok(json!({ "controller_bytes": both(controller), "largest_daemon_bytes": both(largest) }))
 }
