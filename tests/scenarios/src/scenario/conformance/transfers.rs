@@ -23,8 +23,8 @@ const FILE_PORT: u16 = 9000;
 /// Where the website outside of the cluster listens.
 const WEBSITE_PORT: u16 = 8080;
 
-/// Where kubectl listens at home.
-const FORWARDED_PORT: u16 = 38080;
+/// Where kubectl listens at home: no port that the kernel gives to a connection (32768 and up).
+const FORWARDED_PORT: u16 = 10080;
 
 /// How fast the transfers are that go on during an update, in bytes a second: they take 45 s, and an update of three nodes a
 /// third of that.
@@ -181,12 +181,13 @@ pub(super) fn kubectl_reaches_pods(cluster: &Cluster, story: &mut Story, probes:
         let log = cluster.server.kubectl(&["logs", &pod.name, "--tail=1"]).unwrap_or_default();
         let port = format!("{FORWARDED_PORT}:{POD_PORT}");
         let mut command = cluster.server.kubectl_command(&["port-forward", &format!("pod/{}", pod.name), &port]);
-        let _forward = home.spawn("port-forward", &mut command)?;
+        let forward = home.spawn("port-forward", &mut command)?;
         let url = format!("http://127.0.0.1:{FORWARDED_PORT}/hostname");
         let answer = wait::until("the forwarded port answers", Duration::from_secs(20), POLL, || {
             Ok(home.run(Command::new("curl").args(["--silent", "--max-time", "5", &url])).ok())
         });
-        let right = answer.as_ref().is_ok_and(|answer| answer.trim() == pod.name) && !log.is_empty();
+        let answer = answer.unwrap_or_else(|err| format!("{err:#}: {}", forward.log_tail(3)));
+        let right = answer.trim() == pod.name && !log.is_empty();
         all &= right;
         let how = if right { millis(start.elapsed()) } else { format!("log {log:?}, port {answer:?}") };
         found.push(format!("{}: {how}", pod.node));
