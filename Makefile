@@ -27,7 +27,7 @@ ARGS ?=
 
 .PHONY: help
 help: ## List the tasks
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 ##### See it work
 
@@ -128,7 +128,8 @@ cni-conformance: lab-programs ## Conformance on ours and on the reference plugin
 	for plugins in keystone reference; do \
 		$(TARGET)/release/keystone-lab kubernetes-e2e --json --plugins $$plugins >$$results/$$plugins.json; \
 	done; \
-	tests/scripts/cni-conformance $$results/keystone.json $$results/reference.json >docs/cni-conformance.md
+	tests/scripts/cni-conformance $$results/keystone.json $$results/reference.json >$$results/page; \
+	cp $$results/page docs/cni-conformance.md
 
 .PHONY: chart
 chart: ## Check the Helm chart with every set of values (builds Helm, some minutes, once per version)

@@ -62,9 +62,9 @@ impl Probes {
         cluster.apply(&[
             daemon_set("probe", false),
             daemon_set("host-probe", true),
-            service("probe", json!({ "app": "probe" }), json!({ "type": "NodePort" })),
-            service("sticky", json!({ "app": "probe" }), json!({ "sessionAffinity": "ClientIP" })),
-            service("alone", json!({ "alone": "yes" }), json!({})),
+            service("probe", &json!({ "app": "probe" }), &json!({ "type": "NodePort" })),
+            service("sticky", &json!({ "app": "probe" }), &json!({ "sessionAffinity": "ClientIP" })),
+            service("alone", &json!({ "alone": "yes" }), &json!({})),
         ])?;
         cluster.wait_rollout("default", "daemonset/probe")?;
         cluster.wait_rollout("default", "daemonset/host-probe")?;
@@ -123,10 +123,10 @@ impl Probes {
             let url = format!("http://{}/hostname", bracketed(&service_addresses(cluster, "probe")?[family]));
             let names = self.names();
             // A host's own packets need a way before kube-proxy's rules see them, and by IPv6 a site may have none.
-            let hosts = self.hosts.iter().filter(|_| family == 0 || everybody_has_ipv6(cluster));
+            let hosts = if family == 0 || everybody_has_ipv6(cluster) { &self.hosts[..] } else { &[] };
+            let who = if hosts.is_empty() { "pods" } else { "pods and hosts" };
             let questions = self.pods.iter().chain(hosts).map(|from| Question::new(from, url.clone(), known(&names)));
-            let claim = format!("pods and hosts of every node reach a Service by {name}");
-            ask(cluster, story, &claim, questions.collect())?;
+            ask(cluster, story, &format!("{who} of every node reach a Service by {name}"), questions.collect())?;
 
             let alone = &self.pods[0];
             let url = format!("http://{}/hostname", bracketed(&service_addresses(cluster, "alone")?[family]));
@@ -327,7 +327,7 @@ fn daemon_set(name: &str, host_network: bool) -> Value {
     })
 }
 
-fn service(name: &str, selector: Value, more: Value) -> Value {
+fn service(name: &str, selector: &Value, more: &Value) -> Value {
     let mut port = json!({ "port": 80, "targetPort": POD_PORT });
     if more["type"] == "NodePort" {
         port["nodePort"] = NODE_PORT.into();

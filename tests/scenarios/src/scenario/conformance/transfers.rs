@@ -3,10 +3,12 @@
 
 use std::net::Ipv4Addr;
 use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use keystone_kubelab::Assets;
+use keystone_lab::mesh::{Node, Status};
 use keystone_lab::{Host, Process, wait};
 use keystone_mesh_api::NAMESPACE;
 
@@ -21,12 +23,12 @@ const FILE_PORT: u16 = 9000;
 /// Where the website outside of the cluster listens.
 const WEBSITE_PORT: u16 = 8080;
 
-/// Where kubectl listens at home.
-const FORWARDED_PORT: u16 = 38080;
+/// Where kubectl listens at home: no port that the kernel gives to a connection (32768 and up).
+const FORWARDED_PORT: u16 = 10080;
 
-/// How fast the transfers are that go on during an update, in bytes a second: they take a minute, and an update of three
-/// nodes a quarter of that.
-const SLOW: u64 = BYTES / 60;
+/// How fast the transfers are that go on during an update, in bytes a second: they take 45 s, and an update of three nodes a
+/// third of that.
+const SLOW: u64 = BYTES / 45;
 
 /// A file on every node, and its hash.
 pub(super) struct Files {
@@ -66,8 +68,15 @@ impl Files {
         Ok(())
     }
 
-    /// Updates the DaemonSet, pod by pod, while every pod slowly loads the file of its neighbour.
-    pub(super) fn load_during_update(&self, cluster: &mut Cluster, story: &mut Story, probes: &Probes) -> Result<()> {
+    /// Updates the DaemonSet, pod by pod, and restarts the daemons of hosts, while every pod slowly loads the file of its
+    /// neighbour.
+    pub(super) fn load_during_update(
+        &self,
+        cluster: &mut Cluster,
+        story: &mut Story,
+        probes: &Probes,
+        daemons: &[Arc<Node>],
+    ) -> Result<()> {
         let home = cluster.members[0].machine.host.clone();
         let mut loads = Vec::new();
         for (at, pod) in probes.pods.iter().enumerate() {
@@ -88,6 +97,18 @@ impl Files {
         let replaced = agents(cluster)?.iter().all(|agent| !before.contains(agent));
         let found = format!("{} agents in {}", before.len(), millis(took));
         story.check(replaced, "the DaemonSet is updated node by node under traffic", &found);
+
+        let start = Instant::now();
+        for daemon in daemons {
+            daemon.kill()?;
+            daemon.up(&[])?;
+            daemon.wait_until("has its relay again", PATIENCE, Status::has_relay)?;
+        }
+        story.step(&format!(
+            "{} daemons of hosts were killed and started again in {}",
+            daemons.len(),
+            millis(start.elapsed())
+        ));
 
         let mut lasted = Vec::new();
         for (_node, _from, process) in &mut loads {
@@ -160,12 +181,13 @@ pub(super) fn kubectl_reaches_pods(cluster: &Cluster, story: &mut Story, probes:
         let log = cluster.server.kubectl(&["logs", &pod.name, "--tail=1"]).unwrap_or_default();
         let port = format!("{FORWARDED_PORT}:{POD_PORT}");
         let mut command = cluster.server.kubectl_command(&["port-forward", &format!("pod/{}", pod.name), &port]);
-        let _forward = home.spawn("port-forward", &mut command)?;
+        let forward = home.spawn("port-forward", &mut command)?;
         let url = format!("http://127.0.0.1:{FORWARDED_PORT}/hostname");
         let answer = wait::until("the forwarded port answers", Duration::from_secs(20), POLL, || {
             Ok(home.run(Command::new("curl").args(["--silent", "--max-time", "5", &url])).ok())
         });
-        let right = answer.as_ref().is_ok_and(|answer| answer.trim() == pod.name) && !log.is_empty();
+        let answer = answer.unwrap_or_else(|err| format!("{err:#}: {}", forward.log_tail(3)));
+        let right = answer.trim() == pod.name && !log.is_empty();
         all &= right;
         let how = if right { millis(start.elapsed()) } else { format!("log {log:?}, port {answer:?}") };
         found.push(format!("{}: {how}", pod.node));
