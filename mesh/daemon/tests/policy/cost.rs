@@ -46,7 +46,8 @@ fn a_packet_pays_for_the_policies_of_its_pod_alone() {
         let mut stage = Stage::new()?;
         let web = stage.places["web"].v4.into();
         println!("median of {ROUND_TRIPS} round trips by UDP, each a flow of its own, from pod to pod");
-        let situations: [(&str, fn(usize) -> &'static str, usize); 4] = [
+        type AppOf = fn(usize) -> &'static str;
+        let situations: [(&str, AppOf, usize); 4] = [
             ("no policy", |_| "web", 0),
             ("one policy, which selects the receiver", |_| "web", 1),
             (

@@ -320,7 +320,8 @@ fn pods_that_begin_and_end_are_isolated_at_every_moment() {
         let mut stage = Stage::new()?;
         let isolating = json!({ "podSelector": labelled("app", "new"), "policyTypes": ["Ingress", "Egress"],
             "ingress": [{ "from": [{ "podSelector": labelled("app", "client") }] }] });
-        let moments: [(&str, fn(&mut Stage), &[&str]); 4] = [
+        type Change = fn(&mut Stage);
+        let moments: [(&str, Change, &[&str]); 4] = [
             (
                 "scheduled, its address not known yet",
                 |stage| stage.pod("default", "new").addresses.clear(),
