@@ -55,8 +55,9 @@ test-peers-path: ## Print the directory of `wireguard` (wireguard-go) and `borin
 	@tests/peers/install --path
 
 .PHONY: test-assets
-test-assets: ## Build the Kubernetes, etcd and Helm that the tests run (some minutes, once per version)
+test-assets: ## Build the Kubernetes, its tests, etcd and Helm that the tests run (some minutes, once per version)
 	tests/assets/install
+	tests/assets/install-e2e
 	tests/assets/install-helm
 
 .PHONY: test-assets-path
@@ -108,6 +109,26 @@ doc: ## Build the API documentation; warnings are errors
 image: $(CARGO_CYCLONEDX) ## Build the container image and its bill of materials into out/ (PROFILE=dev for a quick one)
 	deploy/image/build
 	PATH=$(dir $(CARGO_CYCLONEDX)):$$PATH deploy/image/sbom
+
+.PHONY: lab-programs
+lab-programs: deps test-assets
+	cargo build --locked --release -p keystone-mesh -p keystone-controller -p keystone-scenarios
+
+.PHONY: kubernetes-e2e
+kubernetes-e2e: lab-programs ## Kubernetes' own network conformance on three kubelets behind NATs (ARGS='--plugins reference')
+	$(TARGET)/release/keystone-lab kubernetes-e2e --suite conformance $(ARGS)
+
+.PHONY: netpol-e2e
+netpol-e2e: lab-programs ## Kubernetes' own tests of NetworkPolicy, but for SCTP, on the same cluster
+	$(TARGET)/release/keystone-lab kubernetes-e2e --suite netpol $(ARGS)
+
+.PHONY: cni-conformance
+cni-conformance: lab-programs ## Conformance on ours and on the reference plugins; writes docs/cni-conformance.md
+	results=$$(mktemp -d); trap 'rm -rf "$$results"' EXIT; \
+	for plugins in keystone reference; do \
+		$(TARGET)/release/keystone-lab kubernetes-e2e --json --plugins $$plugins >$$results/$$plugins.json; \
+	done; \
+	tests/scripts/cni-conformance $$results/keystone.json $$results/reference.json >docs/cni-conformance.md
 
 .PHONY: chart
 chart: ## Check the Helm chart with every set of values (builds Helm, some minutes, once per version)

@@ -2,12 +2,13 @@
 
 use std::fmt::Debug;
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use ipnet::IpNet;
 use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, ServiceAccount};
 use keystone_lab::{Host, Process, sandbox, tool, wait};
@@ -32,7 +33,7 @@ const POLL: Duration = Duration::from_millis(100);
 /// Lines of a log that an error quotes.
 const QUOTED_LINES: usize = 20;
 
-/// Addresses of Services, and of pods where the controller manager gives them out.
+/// Addresses of Services, and of pods where the controller manager gives them out, unless the test says otherwise.
 const SERVICE_CIDR: &str = "10.96.0.0/16";
 const POD_CIDR: &str = "10.201.0.0/16";
 
@@ -45,10 +46,15 @@ const TOKEN_SECONDS: i64 = 6 * 3600;
 pub struct Options {
     /// The machine on which it runs; None for the loopback of the sandbox.
     pub host: Option<Host>,
-    /// Further addresses by which clients come: the certificate names them, besides `advertise` and that of `host`.
+    /// Further addresses by which clients come: the certificate names them, besides `advertise`, that of `host` and those
+    /// of the Service `kubernetes`.
     pub addresses: Vec<IpAddr>,
     /// The address in the endpoints of the Service `kubernetes`; None for that of `host`.
     pub advertise: Option<IpAddr>,
+    /// Where Services have their addresses, as `--service-cluster-ip-range` takes it: one prefix, or one of each family.
+    pub services: String,
+    /// Where pods have theirs, likewise; each Node is given a /24 and a /64.
+    pub pods: String,
     /// Admission plugins besides those that are on by default.
     pub admission_plugins: Vec<String>,
     /// Who issues the tokens of ServiceAccounts, and their audience.
@@ -68,6 +74,8 @@ impl Default for Options {
             host: None,
             addresses: Vec::new(),
             advertise: None,
+            services: SERVICE_CIDR.to_owned(),
+            pods: POD_CIDR.to_owned(),
             admission_plugins: vec!["NodeRestriction".to_owned()],
             issuer: "https://kubernetes.default.svc".to_owned(),
             compaction: None,
@@ -105,6 +113,7 @@ impl ApiServer {
         let own = options.host.as_ref().map(|host| IpAddr::V4(host.v4()));
         let addresses: Vec<IpAddr> =
             options.addresses.iter().copied().chain([advertised(&options)]).chain(own).collect();
+        let addresses = [addresses, first_addresses(&options.services)?].concat();
         authority.server("kube-apiserver", &addresses)?.write(&folder, "server")?;
         authority.certificate().write(&folder, "ca")?;
         write_token_keys(&folder, "tokens")?;
@@ -230,10 +239,16 @@ impl ApiServer {
 
     /// As [`Self::kubectl`], with `input` for `--filename -`.
     pub fn kubectl_with(&self, arguments: &[&str], input: &str) -> Result<String> {
+        let mut command = self.kubectl_command(arguments);
+        self.enter(|| tool::feed(&mut command, input)).with_context(|| format!("kubectl {}", arguments.join(" ")))
+    }
+
+    /// kubectl, to be started on the API server's machine, where it goes on for a while.
+    pub fn kubectl_command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(self.assets.program("kubectl"));
         // Its cache of what the API server can do goes to the home.
         command.env("HOME", &self.folder).arg("--kubeconfig").arg(&self.kubectl_config).args(arguments);
-        self.enter(|| tool::feed(&mut command, input)).with_context(|| format!("kubectl {}", arguments.join(" ")))
+        command
     }
 
     /// Server-side apply of manifests, YAML or JSON.
@@ -336,7 +351,7 @@ impl ApiServer {
         self.file_argument(&mut command, "cluster-signing-cert-file", "ca.crt");
         self.file_argument(&mut command, "cluster-signing-key-file", "ca.key");
         command.args(["--use-service-account-credentials", "--leader-elect=false", "--allocate-node-cidrs=true"]);
-        command.arg(format!("--cluster-cidr={POD_CIDR}"));
+        command.arg(format!("--cluster-cidr={}", self.options.pods));
         // A Node that went silent counts as gone after 16 s instead of 40 s.
         command.arg("--node-monitor-grace-period=16s");
         let process = self.spawn("kube-controller-manager", &mut command)?;
@@ -388,7 +403,7 @@ impl ApiServer {
         command.arg(format!("--api-audiences={}", options.issuer));
         command.args(["--authorization-mode=Node,RBAC", "--allow-privileged=true"]);
         command.arg(format!("--enable-admission-plugins={}", options.admission_plugins.join(",")));
-        command.arg(format!("--service-cluster-ip-range={SERVICE_CIDR}"));
+        command.arg(format!("--service-cluster-ip-range={}", options.services));
         self.file_argument(&mut command, "kubelet-client-certificate", "admin.crt");
         self.file_argument(&mut command, "kubelet-client-key", "admin.key");
         command.arg("--kubelet-preferred-address-types=InternalIP");
@@ -401,6 +416,18 @@ impl ApiServer {
         Ok(())
     }
 
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    pub(crate) fn kubectl_config(&self) -> &Path {
+        &self.kubectl_config
+    }
+
+    pub(crate) fn program(&self, name: &str) -> PathBuf {
+        self.assets.program(name)
+    }
+
     fn file_argument(&self, command: &mut Command, flag: &str, file: &str) {
         command.arg(format!("--{flag}")).arg(self.folder.join(file));
     }
@@ -409,7 +436,8 @@ impl ApiServer {
         self.folder.join("audit.log")
     }
 
-    fn spawn(&self, name: &str, command: &mut Command) -> Result<Process> {
+    /// Starts a program on the API server's machine.
+    pub(crate) fn spawn(&self, name: &str, command: &mut Command) -> Result<Process> {
         match &self.options.host {
             Some(host) => host.spawn(name, command),
             None => Process::start(command, &Path::new(sandbox::SCRATCH).join(format!("{name}.log"))),
@@ -445,6 +473,18 @@ fn local_url() -> String {
 fn advertised(options: &Options) -> IpAddr {
     let host = options.host.as_ref().map(|host| IpAddr::V4(host.v4()));
     options.advertise.or(host).unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST))
+}
+
+/// Of each prefix the first address: in those of Services it is that of the API server's own.
+fn first_addresses(prefixes: &str) -> Result<Vec<IpAddr>> {
+    let first = |prefix: &str| {
+        let net: IpNet = prefix.parse().with_context(|| format!("parse {prefix:?}"))?;
+        Ok(match net.network() {
+            IpAddr::V4(network) => Ipv4Addr::from_bits(network.to_bits() + 1).into(),
+            IpAddr::V6(network) => Ipv6Addr::from_bits(network.to_bits() + 1).into(),
+        })
+    };
+    prefixes.split(',').map(first).collect()
 }
 
 async fn make_account(client: &kube::Client, namespace: &str, account: &str) -> Result<()> {

@@ -12,12 +12,18 @@ use nix::unistd::geteuid;
 /// Builds the programs, and says where they are.
 const INSTALL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/install");
 
+/// The same for what Kubernetes' own tests need.
+const INSTALL_TESTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/install-e2e");
+
 /// What an API server needs: the programs that envtest's own folder has.
 const CONTROL_PLANE: &[&str] = &["etcd", "kube-apiserver", "kubectl"];
 
 /// What nodes and the control plane's controllers need besides.
 const CLUSTER: &[&str] =
     &["etcd", "kube-apiserver", "kubectl", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy"];
+
+/// What Kubernetes' own tests need besides the cluster.
+const TESTS: &[&str] = &["agnhost", "coredns", "e2e.test", "ginkgo", "localhost.crt", "localhost.key"];
 
 /// What the programs of a node call.
 pub const NODE_TOOLS: &[Tool] = &[
@@ -28,6 +34,16 @@ pub const NODE_TOOLS: &[Tool] = &[
     Tool::new("iptables", "iptables"),
     Tool::new("nft", "nftables"),
     Tool::new("runc", "runc"),
+];
+
+/// What goes into the image that Kubernetes' own tests run, besides; and the reference network plugins.
+pub const TEST_TOOLS: &[Tool] = &[
+    Tool::new("curl", "curl"),
+    Tool::new("dash", "dash"),
+    Tool::new("dig", "bind9-dnsutils"),
+    Tool::new("getent", "libc-bin"),
+    Tool::new("iperf", "iperf"),
+    Tool::new("nc.openbsd", "netcat-openbsd"),
 ];
 
 /// A folder with programs of Kubernetes.
@@ -46,13 +62,22 @@ impl Assets {
         Self::find_with(CLUSTER)
     }
 
+    /// Kubernetes' own tests, and what they need.
+    pub fn find_tests() -> Result<Self> {
+        Self::built(INSTALL_TESTS, TESTS)
+    }
+
     fn find_with(programs: &[&str]) -> Result<Self> {
         let given = env::var_os("KUBEBUILDER_ASSETS").map(PathBuf::from);
-        if let Some(folder) = given.filter(|folder| has(folder, programs)) {
-            return Ok(Self(folder));
+        match given.filter(|folder| has(folder, programs)) {
+            Some(folder) => Ok(Self(folder)),
+            None => Self::built(INSTALL, programs),
         }
-        let asked = Command::new(INSTALL).arg("--path").stdin(Stdio::null()).output();
-        let asked = asked.with_context(|| format!("start {INSTALL}"))?;
+    }
+
+    fn built(install: &str, programs: &[&str]) -> Result<Self> {
+        let asked = Command::new(install).arg("--path").stdin(Stdio::null()).output();
+        let asked = asked.with_context(|| format!("start {install}"))?;
         let folder = PathBuf::from(String::from_utf8_lossy(&asked.stdout).trim());
         ensure!(
             has(&folder, programs),
@@ -81,6 +106,11 @@ pub fn can_test() -> bool {
 pub fn can_test_cluster() -> bool {
     let root = geteuid().is_root().then_some(()).context("containers need root");
     preflight::can_test_with(NODE_TOOLS) && report(root.and_then(|()| Assets::find_for_cluster().map(drop)))
+}
+
+/// As [`can_test_cluster`], for a test that runs Kubernetes' own.
+pub fn can_test_conformance() -> bool {
+    can_test_cluster() && preflight::can_test_with(TEST_TOOLS) && report(Assets::find_tests().map(drop))
 }
 
 fn report(found: Result<()>) -> bool {

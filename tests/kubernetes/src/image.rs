@@ -18,12 +18,16 @@ pub const BUSYBOX: &str = "kubelab/busybox:1";
 /// tar's block (ustar, POSIX.1-1988).
 const BLOCK: usize = 512;
 
+/// Where programs look for others, in an image as Linux distributions have them.
+const USUAL_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
 /// An image in the making.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Image {
     layer: Vec<u8>,
     folders: BTreeSet<PathBuf>,
     files: BTreeSet<PathBuf>,
+    entrypoint: Option<String>,
 }
 
 enum Kind<'a> {
@@ -43,9 +47,9 @@ impl Image {
             "date",
         ];
         for name in names {
-            image.add(&Path::new("/bin").join(name), 0o777, &Kind::Link("busybox"));
+            image.add_link(&format!("/bin/{name}"), "busybox");
         }
-        image.add(Path::new("/tmp"), 0o1777, &Kind::Folder);
+        image.add_folder("/tmp", 0o1777);
         Ok(image)
     }
 
@@ -62,10 +66,36 @@ impl Image {
         Ok(())
     }
 
-    fn add_file(&mut self, source: &Path, target: &Path) -> Result<()> {
+    /// Puts any file of this machine into the image; everybody may read and execute it.
+    pub fn add_file(&mut self, source: &Path, target: &Path) -> Result<()> {
         let bytes = fs::read(source).with_context(|| format!("read {}", source.display()))?;
         self.add(target, 0o755, &Kind::File(&bytes));
         Ok(())
+    }
+
+    /// Puts a small file into the image.
+    pub fn add_text(&mut self, target: &str, text: &str) {
+        self.add(Path::new(target), 0o644, &Kind::File(text.as_bytes()));
+    }
+
+    /// Puts a symbolic link into the image.
+    pub fn add_link(&mut self, target: &str, points_to: &str) {
+        self.add(Path::new(target), 0o777, &Kind::Link(points_to));
+    }
+
+    /// Puts an empty folder into the image.
+    pub fn add_folder(&mut self, target: &str, mode: u32) {
+        self.add(Path::new(target), mode, &Kind::Folder);
+    }
+
+    /// What every container of this image runs; a container's own words are its arguments.
+    pub fn set_entrypoint(&mut self, program: &str) {
+        self.entrypoint = Some(program.to_owned());
+    }
+
+    /// Whether a file or link is there already.
+    pub fn has(&self, target: &str) -> bool {
+        self.files.contains(Path::new(target))
     }
 
     fn add(&mut self, path: &Path, mode: u32, kind: &Kind<'_>) {
@@ -81,15 +111,15 @@ impl Image {
         append(&mut self.layer, &path.to_string_lossy(), mode, kind);
     }
 
-    /// Writes the archive of this image under the name `reference`, as manifests call it; `command` is what it runs where
-    /// a container does not say.
+    /// Writes the archive of this image under the name `reference`, as manifests call it; `command` is what it runs, or
+    /// gives to its entrypoint, where a container does not say.
     pub fn write(mut self, archive: &Path, reference: &str, command: &[&str]) -> Result<()> {
         end(&mut self.layer);
         let layer = Blob::new(self.layer);
         let config = Blob::json(&json!({
             "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" },
             "os": "linux",
-            "config": { "Cmd": command, "Env": ["PATH=/bin"] },
+            "config": { "Entrypoint": self.entrypoint.iter().collect::<Vec<_>>(), "Cmd": command, "Env": [USUAL_PATH] },
             "rootfs": { "type": "layers", "diff_ids": [layer.digest()] },
         }));
         let manifest = Blob::json(&json!({
@@ -99,8 +129,8 @@ impl Image {
             "layers": [layer.descriptor("layer.v1.tar")],
         }));
         let mut described = manifest.descriptor("manifest.v1+json");
-        // The name that containerd gives it (its own annotation), with the registry that a short name stands for.
-        described["annotations"] = json!({ "io.containerd.image.name": format!("docker.io/{reference}") });
+        // The name that containerd gives it (its own annotation).
+        described["annotations"] = json!({ "io.containerd.image.name": full_name(reference) });
         let index = json!({ "schemaVersion": 2, "manifests": [described] });
 
         let mut tar = Vec::new();
@@ -113,6 +143,12 @@ impl Image {
         let written = File::create(archive).and_then(|mut file| file.write_all(&tar));
         written.with_context(|| format!("write {}", archive.display()))
     }
+}
+
+/// With the registry that a short name stands for. A name's first part is a registry's where it looks like a host's.
+fn full_name(reference: &str) -> String {
+    let host = reference.split_once('/').is_some_and(|(first, _)| first.contains(['.', ':']));
+    if host { reference.to_owned() } else { format!("docker.io/{reference}") }
 }
 
 /// Bytes that are known by their hash.
@@ -178,6 +214,13 @@ fn end(tar: &mut Vec<u8>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_short_name_is_of_the_usual_registry() {
+        assert_eq!(full_name("kubelab/busybox:1"), "docker.io/kubelab/busybox:1");
+        assert_eq!(full_name("registry.k8s.io/pause:3.10.1"), "registry.k8s.io/pause:3.10.1");
+        assert_eq!(full_name("localhost:5000/pause:1"), "localhost:5000/pause:1");
+    }
 
     #[test]
     fn tar_reads_what_was_written() {

@@ -37,6 +37,10 @@ const KERNEL_SETTINGS: [(&str, &str); 6] = [
 /// Pods of the host's network alone need no more; without any a node does not become Ready.
 const NO_POD_NETWORK: &str = r#"{"cniVersion": "0.4.0", "name": "none", "plugins": [{"type": "loopback"}]}"#;
 
+/// Where network plugins are looked for, and where Debian has the reference ones.
+const PLUGINS: &str = "/opt/cni/bin";
+const REFERENCE_PLUGINS: &str = "/usr/lib/cni";
+
 /// How a node is run.
 #[derive(Clone)]
 pub struct NodeOptions {
@@ -46,14 +50,18 @@ pub struct NodeOptions {
     pub name: String,
     /// The address that the kubelet announces and where it listens; it must be there before.
     pub address: IpAddr,
+    /// One of the other family that it announces too, in a cluster of both.
+    pub second_address: Option<IpAddr>,
     /// The address by which it finds the API server.
     pub server: IpAddr,
     /// Further settings of the kubelet's configuration (KubeletConfiguration v1beta1).
     pub configuration: Value,
     /// Further arguments of the kubelet.
     pub arguments: Vec<String>,
-    /// Run kube-proxy too.
-    pub proxy: bool,
+    /// Run kube-proxy too, with these arguments besides; `--proxy-mode` among them or it is iptables.
+    pub proxy: Option<Vec<String>>,
+    /// Folders of the machine that the node's programs and pods see at another place.
+    pub binds: Vec<(PathBuf, &'static str)>,
     /// A file for /etc/cni/net.d; None for a node that waits for its pod network.
     pub conflist: Option<String>,
 }
@@ -65,10 +73,12 @@ impl NodeOptions {
             host: host.clone(),
             name: host.name().to_owned(),
             address,
+            second_address: None,
             server,
             configuration: json!({}),
             arguments: Vec::new(),
-            proxy: false,
+            proxy: None,
+            binds: Vec::new(),
             conflist: Some(NO_POD_NETWORK.to_owned()),
         }
     }
@@ -108,7 +118,7 @@ impl ClusterNode {
             .context("configure containerd")?;
         let kubelet = kubelet_configuration(&folder, &options, &group)?;
         fs::write(folder.join("conf/kubelet.json"), kubelet.to_string()).context("configure the kubelet")?;
-        let holder = hold_mounts(&options.host, &folder)?;
+        let holder = hold_mounts(&options, &folder)?;
         let (proxy, kubelet, containerd) = (None, None, None);
         let mut node = Self { options, assets, folder, access, proxy, kubelet, containerd, holder };
         node.start_containerd()?;
@@ -117,8 +127,8 @@ impl ClusterNode {
             node.write_file(Path::new("/etc/cni/net.d/10-kubelab.conflist"), &conflist)?;
         }
         node.start_kubelet()?;
-        if node.options.proxy {
-            node.start_proxy()?;
+        if let Some(arguments) = node.options.proxy.clone() {
+            node.start_proxy(&arguments)?;
         }
         Ok(node)
     }
@@ -151,6 +161,15 @@ impl ClusterNode {
         self.ctr(&["images", "import", &archive.to_string_lossy()]).map(drop)
     }
 
+    /// Puts the reference network plugins, as Debian has them, where the conflist's programs are looked for.
+    pub fn install_reference_plugins(&self) -> Result<()> {
+        ensure!(
+            Path::new(REFERENCE_PLUGINS).is_dir(),
+            "the reference network plugins are not installed (package containernetworking-plugins)"
+        );
+        self.run("sh", &["-c", &format!("mkdir -p {PLUGINS} && cp {REFERENCE_PLUGINS}/* {PLUGINS}/")]).map(drop)
+    }
+
     /// SIGKILL to the kubelet; its pods go on.
     pub fn kill_kubelet(&mut self) -> Result<()> {
         self.kubelet.take().map_or(Ok(()), Process::kill)
@@ -164,7 +183,8 @@ impl ClusterNode {
         command.arg("--kubeconfig").arg(self.folder.join("conf/kubelet.kubeconfig"));
         command.arg("--cert-dir").arg(self.folder.join("kubelet-pki"));
         command.arg(format!("--hostname-override={}", self.name()));
-        command.arg(format!("--node-ip={}", self.options.address));
+        let second = self.options.second_address.map(|address| format!(",{address}")).unwrap_or_default();
+        command.arg(format!("--node-ip={}{second}", self.options.address));
         command.args(&self.options.arguments);
         self.kubelet = Some(self.options.host.spawn("kubelet", &mut command)?);
         Ok(())
@@ -196,12 +216,12 @@ impl ClusterNode {
         .map(drop)
     }
 
-    fn start_proxy(&mut self) -> Result<()> {
+    fn start_proxy(&mut self, arguments: &[String]) -> Result<()> {
         let mut command = self.command(&self.assets.program("kube-proxy"));
         command.arg("--kubeconfig").arg(self.folder.join("conf/proxy.kubeconfig"));
         command.arg(format!("--hostname-override={}", self.name()));
         // The limits of connection tracking are the whole machine's.
-        command.args(["--proxy-mode=iptables", "--conntrack-max-per-core=0"]);
+        command.args(["--proxy-mode=iptables", "--conntrack-max-per-core=0"]).args(arguments);
         self.proxy = Some(self.options.host.spawn("kube-proxy", &mut command)?);
         Ok(())
     }
@@ -254,7 +274,7 @@ fn socket(folder: &Path) -> PathBuf {
 }
 
 /// Makes the node's view of the file system, in a process that then sleeps.
-fn hold_mounts(host: &Host, folder: &Path) -> Result<Process> {
+fn hold_mounts(options: &NodeOptions, folder: &Path) -> Result<Process> {
     let mut script = String::from("set -e\nmount --make-rshared /\n");
     for part in ["etc", "opt", "var"] {
         let (upper, work) = (folder.join(part), folder.join(format!("{part}.work")));
@@ -271,8 +291,8 @@ fn hold_mounts(host: &Host, folder: &Path) -> Result<Process> {
         ("run/containerd", "/run/containerd"),
         ("run/keystone-mesh", "/run/keystone-mesh"),
     ];
-    for (part, place) in own {
-        let part = folder.join(part);
+    let own = own.map(|(part, place)| (folder.join(part), place));
+    for (part, place) in own.iter().chain(&options.binds) {
         script += &format!("mkdir -p {0} {place}\nmount --bind {0} {place}\n", part.display());
     }
     for (setting, value) in KERNEL_SETTINGS {
@@ -281,7 +301,7 @@ fn hold_mounts(host: &Host, folder: &Path) -> Result<Process> {
     }
     let ready = folder.join("ready");
     script += &format!("touch {}\nexec sleep 2147483647\n", ready.display());
-    let mut holder = host.spawn("mounts", Command::new("sh").args(["-c", &script]))?;
+    let mut holder = options.host.spawn("mounts", Command::new("sh").args(["-c", &script]))?;
     wait::until("the node's file systems are mounted", START_PATIENCE, POLL, || {
         if let Some(status) = holder.ended()? {
             bail!("they cannot be mounted ({status}):\n{}", holder.log_tail(5));
@@ -306,8 +326,9 @@ disabled_plugins = [
 [plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "docker.io/{BUSYBOX}"
   restrict_oom_score_adj = true
+  netns_mounts_under_state_dir = true
   [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = "/opt/cni/bin"
+    bin_dir = "{PLUGINS}"
     conf_dir = "/etc/cni/net.d"
   [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
     runtime_type = "io.containerd.runc.v2"

@@ -233,6 +233,16 @@ impl Node {
         process::tail(&self.log(), lines)
     }
 
+    /// Where its daemon keeps what outlives it.
+    pub fn state_folder(&self) -> PathBuf {
+        self.folder.join("state")
+    }
+
+    /// Where its daemon's control socket is.
+    pub fn run_folder(&self) -> PathBuf {
+        self.folder.join("run")
+    }
+
     /// What a shell on its host needs so that `keystone-mesh status` and the like speak with this daemon.
     pub fn environment(&self) -> [(&'static str, OsString); 3] {
         let mut path = OsString::from("$PATH:");

@@ -13,6 +13,7 @@ use std::{env, io};
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 use keystone_lab::sandbox::{self, Sandbox};
+use scenario::conformance::{Plugins, Suite};
 use scenario::{Options, Scenario};
 
 /// Plays a scenario with real daemons on a network of hosts, home routers, cloud NATs and a public internet.
@@ -64,6 +65,15 @@ struct Cli {
     /// bench-peers: measure the cost of idling alone
     #[arg(long)]
     idle: bool,
+    /// kubernetes-e2e: who carries the pods
+    #[arg(long, value_enum, default_value = "keystone")]
+    plugins: Plugins,
+    /// kubernetes-e2e: which of Kubernetes' own tests are run
+    #[arg(long, value_enum, default_value = "conformance")]
+    suite: Suite,
+    /// kubernetes-e2e: the archive that deploy/image/build wrote [default: it is built]
+    #[arg(long, value_name = "PATH")]
+    image: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -81,7 +91,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         return list();
     }
     if !sandbox::is_inside() {
-        return enter_sandbox(cli.scenario);
+        return enter_sandbox(&cli);
     }
     let place = sandbox::settle()?;
     let options = Options {
@@ -97,17 +107,20 @@ fn run(cli: Cli) -> Result<ExitCode> {
         rounds: cli.rounds,
         seconds: cli.seconds,
         idle: cli.idle,
+        plugins: cli.plugins,
+        suite: cli.suite,
+        image: cli.image,
     };
     let shown = scenario::play(cli.scenario, &options, place)?;
     Ok(if shown { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Runs this program again, with the same arguments, where nothing can be left behind.
-fn enter_sandbox(scenario: Scenario) -> Result<ExitCode> {
-    scenario.prepare()?;
+fn enter_sandbox(cli: &Cli) -> Result<ExitCode> {
+    cli.scenario.prepare(cli.plugins, cli.image.as_deref())?;
     let arguments: Vec<OsString> = env::args_os().skip(1).collect();
     let status = Sandbox::enter(arguments)?.wait_or_interrupt();
-    if scenario == Scenario::Kubernetes {
+    if matches!(cli.scenario, Scenario::Kubernetes | Scenario::KubernetesE2e) {
         keystone_kubelab::sweep();
     }
     let status = status?;

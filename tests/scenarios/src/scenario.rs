@@ -1,6 +1,7 @@
 //! The stories that `keystone-lab` tells. Each builds its network, plays, measures, and claims what must be so.
 
 mod bench_peers;
+pub(crate) mod conformance;
 mod curtain;
 mod home_and_cloud;
 mod join;
@@ -12,14 +13,15 @@ mod pairs;
 mod spread;
 mod stage;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use clap::ValueEnum;
-use keystone_kubelab::{Assets, NODE_TOOLS};
+use keystone_kubelab::{Assets, NODE_TOOLS, TEST_TOOLS};
 use serde_json::{Value, json};
 
+use self::conformance::{Plugins, Suite};
 use crate::story::Story;
 use keystone_lab::mesh::Program;
 use keystone_lab::sandbox::Place;
@@ -41,6 +43,8 @@ pub(crate) enum Scenario {
     Outage,
     /// A Kubernetes cluster with its control plane at home and workers behind NATs; needs root and `make test-assets`
     Kubernetes,
+    /// A whole Kubernetes cluster with its pods on the mesh, under Kubernetes' own tests; needs root and `make test-assets`
+    KubernetesE2e,
     /// The API server is gone for long; all goes on, daemons restart meanwhile, and its return is taken up; needs `make test-assets`
     KubernetesOutage,
     /// What many nodes cost: daemons, simulated nodes and watches on one API server; needs `make test-assets`
@@ -58,6 +62,7 @@ impl Scenario {
             | Self::Joins
             | Self::Outage
             | Self::Kubernetes
+            | Self::KubernetesE2e
             | Self::KubernetesOutage
             | Self::KubernetesScale
             | Self::BenchPeers => true,
@@ -66,10 +71,12 @@ impl Scenario {
     }
 
     /// Says, before anything is touched, what is missing on this machine; installs what Debian has.
-    pub(crate) fn prepare(self) -> Result<()> {
+    pub(crate) fn prepare(self, plugins: Plugins, image: Option<&Path>) -> Result<()> {
+        let tests = [NODE_TOOLS, TEST_TOOLS].concat();
         let further = match self {
             Self::BenchPeers => preflight::PEER_TOOLS,
             Self::Kubernetes => NODE_TOOLS,
+            Self::KubernetesE2e => &tests,
             Self::HomeAndCloud
             | Self::Joins
             | Self::Outage
@@ -80,6 +87,11 @@ impl Scenario {
         preflight::ensure(&[preflight::NETWORK_TOOLS, preflight::SCENARIO_TOOLS, further].concat())?;
         match self {
             Self::Kubernetes => Assets::find_for_cluster().map(drop)?,
+            Self::KubernetesE2e => {
+                Assets::find_for_cluster()?;
+                Assets::find_tests()?;
+                conformance::prepare(plugins, image)?;
+            }
             Self::KubernetesOutage | Self::KubernetesScale => Assets::find().map(drop)?,
             Self::HomeAndCloud | Self::Joins | Self::Outage | Self::BenchPeers | Self::Nats => {}
         }
@@ -114,6 +126,12 @@ pub(crate) struct Options {
     pub(crate) seconds: u32,
     /// Only the second half of [`Scenario::BenchPeers`].
     pub(crate) idle: bool,
+    /// Who carries the pods in [`Scenario::KubernetesE2e`].
+    pub(crate) plugins: Plugins,
+    /// Which tests [`Scenario::KubernetesE2e`] runs.
+    pub(crate) suite: Suite,
+    /// Where the image of [`Scenario::KubernetesE2e`] is; None where it was built for it.
+    pub(crate) image: Option<PathBuf>,
 }
 
 /// Plays `scenario` inside the sandbox. False if something that it shows is not so, which has then been said.
@@ -133,6 +151,7 @@ pub(crate) fn play(scenario: Scenario, options: &Options, place: Place) -> Resul
         Scenario::Joins => joins::play(&mut stage, &mut story, options.joins),
         Scenario::Outage => outage::play(&mut stage, &mut story, options.duration),
         Scenario::Kubernetes => kubernetes::play(&mut stage, &mut story),
+        Scenario::KubernetesE2e => conformance::play(&mut stage, &mut story, options),
         Scenario::KubernetesOutage => kubernetes::outage::play(&mut stage, &mut story, options.duration),
         Scenario::KubernetesScale => kubernetes::scale::play(&mut stage, &mut story, options),
         Scenario::BenchPeers => bench_peers::play(&mut stage, &mut story, options),

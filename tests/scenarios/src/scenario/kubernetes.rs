@@ -3,7 +3,7 @@
 
 mod bursts;
 pub(super) mod outage;
-mod plane;
+pub(super) mod plane;
 pub(super) mod scale;
 
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -88,7 +88,8 @@ pub(super) fn play(stage: &mut Stage, story: &mut Story) -> Result<Value> {
     Ok(json!({ "registered": registered, "gone_ms": in_millis(gone) }))
 }
 
-fn worker_behind(stage: &mut Stage, name: &str, router: &str, nat: Nat) -> Result<Arc<Node>> {
+/// A machine alone behind a cloud's NAT.
+pub(super) fn worker_behind(stage: &mut Stage, name: &str, router: &str, nat: Nat) -> Result<Arc<Node>> {
     let spec = RouterSpec { nat, lan: "10.0.0.1/24".parse()?, ..RouterSpec::default() };
     let (host, _router) = stage.host_behind(name, router, spec)?;
     stage.install(&host, name)

@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 
 use crate::story::{Story, millis};
 use keystone_lab::mesh::{Node, Program, Status};
@@ -50,6 +50,19 @@ impl Stage {
         let host = router.host(name)?;
         self.hosts.push(host.clone());
         Ok((host, router))
+    }
+
+    /// Hosts behind one router.
+    pub(super) fn hosts_behind<const N: usize>(
+        &mut self,
+        names: [&str; N],
+        router: &str,
+        spec: RouterSpec,
+    ) -> Result<[Host; N]> {
+        let router = self.world.router(router, spec)?;
+        let hosts = names.into_iter().map(|name| router.host(name)).collect::<Result<Vec<_>>>()?;
+        self.hosts.extend(hosts.iter().cloned());
+        hosts.try_into().map_err(|_other_length| anyhow!("a host for each name"))
     }
 
     /// Two hosts with nothing but a cable between them.
