@@ -113,7 +113,7 @@ fn make_so(wanted: &Wanted, table: &mut Option<KernelTable>) -> Vec<String> {
         Wanted::Pods { own, pods: all, cluster, interface } => {
             let of = |family: fn(&IpNet) -> bool| own.iter().any(family);
             let (ipv4, ipv6) = (of(|net| matches!(net, IpNet::V4(_))), of(|net| matches!(net, IpNet::V6(_))));
-            let mut said = sysctl::apply(&Needs { interface, others: &[], ipv4, ipv6 });
+            let mut said = sysctl::apply(&Needs { interface, ipv4, ipv6 });
             let applied = opened(table).and_then(|table| table.apply(pods::masquerade(all, cluster, interface)));
             match applied {
                 Ok(applied) if applied.changes > 0 => tracing::info!(changes = applied.changes, "masquerade applied"),

@@ -24,8 +24,6 @@ pub struct Switch {
 pub struct Needs<'a> {
     /// The mesh's interface.
     pub interface: &'a str,
-    /// Every other interface that pods' packets take beside their own: those of a LAN that is routed plainly.
-    pub others: &'a [String],
     /// Whether pods have IPv4.
     pub ipv4: bool,
     /// Whether pods have IPv6.
@@ -44,11 +42,9 @@ pub fn needed(needs: &Needs<'_>, interfaces: &[String], read: impl Fn(&str) -> O
         want("net/ipv4/ip_forward".into(), 1, "this host forwards no packet of its pods");
         // The stricter of the interface's and everybody's counts, as long as neither is 2 (ip-sysctl in the kernel's docs).
         let everybody = read("net/ipv4/conf/all/rp_filter").unwrap_or(0);
-        for interface in std::iter::once(needs.interface).chain(needs.others.iter().map(String::as_str)) {
-            let path = format!("net/ipv4/conf/{interface}/rp_filter");
-            if read(&path).is_some_and(|own| own.max(everybody) == 1) {
-                want(path, 2, "packets that come another way than they go are dropped (strict reverse path filter)");
-            }
+        let path = format!("net/ipv4/conf/{}/rp_filter", needs.interface);
+        if read(&path).is_some_and(|own| own.max(everybody) == 1) {
+            want(path, 2, "packets that come another way than they go are dropped (strict reverse path filter)");
         }
     }
     if needs.ipv6 && read("net/ipv6/conf/all/forwarding") == Some(0) {
@@ -112,7 +108,7 @@ mod tests {
     use super::*;
 
     fn changes(ipv4: bool, ipv6: bool, found: &[(&str, u8)]) -> Vec<(String, u8)> {
-        let needs = Needs { interface: "ksmesh0", others: &["eth1".to_owned()], ipv4, ipv6 };
+        let needs = Needs { interface: "ksmesh0", ipv4, ipv6 };
         let found: BTreeMap<&str, u8> = found.iter().copied().collect();
         let interfaces = ["all", "eth0", "ksmesh0"].map(str::to_owned);
         let switches = needed(&needs, &interfaces, |path| found.get(path).copied());
@@ -137,16 +133,8 @@ mod tests {
             let expected: &[(String, u8)] = &[("net/ipv4/conf/ksmesh0/rp_filter".to_owned(), 2)];
             assert_eq!(changes(true, false, &found), if changed { expected } else { &[] }, "{all} {own}");
         }
-        let found = [
-            ("net/ipv4/conf/all/rp_filter", 1),
-            ("net/ipv4/conf/eth1/rp_filter", 1),
-            ("net/ipv4/conf/eth0/rp_filter", 1),
-        ];
-        assert_eq!(
-            changes(true, false, &found),
-            [("net/ipv4/conf/eth1/rp_filter".to_owned(), 2)],
-            "no other interface is touched"
-        );
+        let found = [("net/ipv4/conf/all/rp_filter", 1), ("net/ipv4/conf/eth0/rp_filter", 1)];
+        assert_eq!(changes(true, false, &found), [], "no other interface is touched");
     }
 
     #[test]
@@ -174,7 +162,7 @@ mod tests {
         fs::write(own.join("net/ipv4/ip_forward"), "0\n").unwrap();
         // Nobody, not even root, can write into a directory as a file.
         let places = [own.clone(), host.clone()];
-        let needs = Needs { interface: "ksmesh0", others: &[], ipv4: true, ipv6: false };
+        let needs = Needs { interface: "ksmesh0", ipv4: true, ipv6: false };
         assert_eq!(apply_in(&needs, &places), [""; 0]);
         assert_eq!(fs::read_to_string(own.join("net/ipv4/ip_forward")).unwrap(), "1");
 
