@@ -1,5 +1,8 @@
 //! The driver of the node's machine: every event becomes an input, every output an effect. No policy.
 
+mod commands;
+mod news;
+
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -7,11 +10,10 @@ use ipnet::IpNet;
 use keystone_mesh_core::kernel::{Desired, Route};
 use keystone_mesh_core::mesh::{Counters, Mesh, Output, with_port};
 use keystone_mesh_core::network::SignedNetwork;
-use keystone_mesh_core::node::{Entry, NodeRecord, SignedApproval};
-use keystone_mesh_core::plain_peer::SignedPlainPeer;
+use keystone_mesh_core::node::NodeRecord;
 use keystone_mesh_core::relay::{HostPort, RelayAddr};
 use keystone_mesh_core::{DropReason, Via};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 
 use super::addresses::{self, Resolved};
 use super::keeper::{Keeper, KeeperEvent};
@@ -20,21 +22,17 @@ use super::saver::Saver;
 use super::uplink::Uplink;
 use super::{End, Kept, Local, Start, hints, report};
 use crate::clock::unix_now_ms;
-use crate::cni::service::PodService;
 use crate::config::Config;
-use crate::control::{Answer, Call, Request};
+use crate::control::Call;
 use crate::dataplane::DataEvent;
 use crate::http::{HttpServer, listen, pages};
-use crate::kube_api::access::Grant;
 use crate::kube_api::watch::Pace;
-use crate::member;
 use crate::policy::{self, Enforcer};
 use crate::quic::relay_client::RelayState;
-use crate::registry::kubernetes::hub::Known;
-use crate::registry::{self, Event};
+use crate::registry::Event;
 use crate::service::Service;
 use crate::signals::Stop;
-use crate::state::{LivePeer, Membership, Snapshot};
+use crate::state::{LivePeer, Snapshot};
 use crate::status::Counts;
 
 /// Between two samples of the counters while there is traffic, as the path machine asks for.
@@ -43,10 +41,6 @@ const SAMPLE: Duration = Duration::from_millis(100);
 const SAMPLE_QUIET: Duration = Duration::from_millis(500);
 /// How long after the last traffic the counters are sampled more seldom: an idle daemon should cost nothing that shows.
 const QUIET_AFTER: Duration = Duration::from_secs(5);
-
-/// Events of the registry that are handed to the machine in one go. As many as a registry keeps for a slow reader; data
-/// plane and control socket wait meanwhile, some milliseconds.
-const EVENTS_AT_ONCE: usize = registry::backend::CHANGES;
 
 /// What the registry last said about itself.
 #[derive(Clone, Debug)]
@@ -181,20 +175,6 @@ impl Driver {
         }
     }
 
-    /// The agent's pod says how pods are served. What this daemon was started with comes first.
-    fn serve_pods(&mut self, service: PodService) {
-        let Some(told) = self.pods.told.as_ref().filter(|_| self.pods.service != service) else { return };
-        tracing::info!(mode = ?service.mode, routes = service.routes, policies = service.policies, "pods are served");
-        told.write(service);
-        let policies_change = self.pods.service.policies != service.policies;
-        self.pods.service = service;
-        self.mesh.set_pod_routes(service.routes);
-        self.facts_due = true;
-        if policies_change {
-            self.enforce_policies();
-        }
-    }
-
     /// Runs until a signal, or until the node has left.
     pub(super) async fn run(
         &mut self,
@@ -277,134 +257,6 @@ impl Driver {
             DataEvent::Handshake { peer } => self.mesh.handle_session(&peer),
             DataEvent::TunLost => {}
         }
-    }
-
-    /// With what waits behind it: the machine then makes one plan of all of it.
-    fn registry_events(&mut self, first: Event) -> anyhow::Result<()> {
-        self.registry_event(first)?;
-        for _ in 1..EVENTS_AT_ONCE {
-            let Some(event) = self.uplink.registry.as_mut().and_then(|registry| registry::waiting(&mut **registry))
-            else {
-                break;
-            };
-            self.registry_event(event)?;
-        }
-        Ok(())
-    }
-
-    fn registry_event(&mut self, event: Event) -> anyhow::Result<()> {
-        let now = Instant::now();
-        match event {
-            Event::Joined(approval) => self.approved(&approval)?,
-            Event::Snapshot { network, entries, peers } => {
-                (self.registry_state, self.registry_since) = (RegistryState::Current, now);
-                self.registry_heard = true;
-                self.everything(network, entries, peers)?;
-            }
-            Event::Changed(entry) => {
-                self.own_entry(&entry)?;
-                self.mesh.handle_entry(*entry);
-            }
-            Event::Removed(name) => self.mesh.handle_removed(&name),
-            Event::PeerChanged(peer) => self.mesh.handle_peer(*peer),
-            Event::PeerRemoved(name) => self.mesh.handle_peer_removed(&name),
-            Event::Network(network) => self.network(network),
-            Event::Observed(seen) => self.mesh.handle_observed(GATEWAY_OBSERVER, seen, now),
-            Event::Stale { why } => {
-                match self.registry_state {
-                    RegistryState::Stale(_) => tracing::debug!(why, "the registry is still not heard"),
-                    RegistryState::None | RegistryState::Waiting | RegistryState::Current => {
-                        self.registry_since = now;
-                        self.counts.registry_losses += 1;
-                        tracing::warn!(why, "the registry is not heard; what is known stays in force");
-                    }
-                }
-                self.registry_state = RegistryState::Stale(why);
-            }
-            Event::Refused(refusal) => anyhow::bail!("the control plane refused: {}", refusal.message),
-        }
-        Ok(())
-    }
-
-    /// What the network says of this node. The first word makes it a member.
-    fn approved(&mut self, approval: &SignedApproval) -> anyhow::Result<()> {
-        let (own, said) = (self.start.secret.identity().id(), approval.get());
-        let (Some(network), Some(name)) = (self.start.network, self.start.name.clone()) else { return Ok(()) };
-        if said.identity != own || said.name != name || said.is_revoked() {
-            return Ok(());
-        }
-        anyhow::ensure!(
-            said.network == network,
-            "the registry answered with an approval of another network; nothing was changed"
-        );
-        if self.start.membership.is_none() {
-            let rendezvous = self.start.token.as_ref().map(|token| token.rendezvous.clone()).unwrap_or_default();
-            let approval = Some(approval.clone());
-            let membership = Membership { network, name: name.clone(), control_plane: false, rendezvous, approval };
-            self.start.state.set_membership(&membership)?;
-            let addresses = keystone_mesh_core::facts::join(&said.addresses, " ");
-            tracing::info!(node = %name, network = %membership.network, addresses, "joined");
-            self.start.membership = Some(membership);
-        }
-        self.uplink.set_approval(approval);
-        Ok(())
-    }
-
-    /// This node as others see it.
-    fn own_entry(&mut self, entry: &Entry) -> anyhow::Result<()> {
-        let record = entry.record.get();
-        if record.identity != self.start.secret.identity().id() {
-            return Ok(());
-        }
-        if record.seq > self.last_seq {
-            self.last_seq = record.seq;
-            // A word of ours from before, or from a copy of this machine: the latest has to be this one's.
-            if let Some(said) = self.published.clone().filter(|said| !said.says_the_same_as(record)) {
-                self.publish(said);
-            }
-        }
-        entry.approval.as_ref().map_or(Ok(()), |approval| self.approved(approval))
-    }
-
-    fn everything(
-        &mut self,
-        network: SignedNetwork,
-        entries: Vec<Entry>,
-        peers: Vec<SignedPlainPeer>,
-    ) -> anyhow::Result<()> {
-        if !self.is_ours(&network) {
-            return Ok(());
-        }
-        self.follow_network(&network);
-        let own = self.start.secret.identity().id();
-        if let Some(entry) = entries.iter().find(|entry| entry.record.get().identity == own) {
-            self.own_entry(entry)?;
-        }
-        self.mesh.handle_snapshot(network.get().clone(), entries, peers);
-        self.signed_network = Some(network);
-        Ok(())
-    }
-
-    fn network(&mut self, network: SignedNetwork) {
-        if self.is_ours(&network) {
-            self.follow_network(&network);
-            self.mesh.handle_network(network.get().clone());
-            self.signed_network = Some(network);
-        }
-    }
-
-    /// Whatever a gateway says, only the pinned network's document counts.
-    fn is_ours(&self, network: &SignedNetwork) -> bool {
-        let ours = Some(network.get().id) == self.start.network;
-        if !ours {
-            tracing::error!(network = %network.get().id, "a document of another network was offered and is not used");
-        }
-        ours
-    }
-
-    fn follow_network(&self, network: &SignedNetwork) {
-        self.uplink.set_rendezvous(network.get().rendezvous());
-        self.keeper.set_excluded(network.get().prefixes().to_vec());
     }
 
     fn relays_changed(&mut self) {
@@ -560,108 +412,6 @@ impl Driver {
             live: live.collect(),
         });
     }
-
-    // --- the control socket ---
-
-    /// Answers a call; where the node has left by it, gives back whom to answer in the end.
-    async fn call(&mut self, call: Call) -> Option<oneshot::Sender<Answer>> {
-        let Call { request, answer } = call;
-        let said = match request {
-            Request::Status => Answer::Status(Box::new(report::status(self, Instant::now()))),
-            Request::Conditions => {
-                let asked = self.uplink.registry.as_ref().and_then(|registry| registry.conditions());
-                let Some(asked) = asked else {
-                    let _ = answer.send(Answer::Conditions { conditions: Vec::new() });
-                    return None;
-                };
-                // Kubernetes may take a while; the mesh does not wait for it.
-                tokio::spawn(async move {
-                    answer.send(match asked.await {
-                        Ok(conditions) => Answer::Conditions { conditions },
-                        Err(message) => failed(message),
-                    })
-                });
-                return None;
-            }
-            Request::Connect { name } => match self.mesh.peer_named(&name) {
-                Some(key) => {
-                    self.mesh.handle_demand(&key, Instant::now());
-                    Answer::Done
-                }
-                None => failed(format!("there is no peer `{name}`")),
-            },
-            Request::Leave { force } => match self.leave(force).await {
-                Ok(()) => return Some(answer),
-                Err(message) => failed(message),
-            },
-            request @ (Request::TokenCreate { .. }
-            | Request::TokenList
-            | Request::TokenRevoke { .. }
-            | Request::Remove { .. }) => match self.uplink.backend.clone() {
-                Some(backend) => {
-                    // Kubernetes may take a while; the mesh does not wait for it.
-                    tokio::spawn(async move { answer.send(member::answer(&*backend, request).await) });
-                    return None;
-                }
-                None => failed("this machine is not the control plane of its network; run this on that host".into()),
-            },
-            Request::UseKubernetes { grant } => self.use_kubernetes(grant),
-            Request::ServePods { service } => {
-                self.serve_pods(service);
-                Answer::Done
-            }
-            Request::WithdrawKubernetes => {
-                if let Some(handover) = self.uplink.handover() {
-                    handover.withdraw();
-                }
-                Answer::Done
-            }
-        };
-        let _ = answer.send(said);
-        None
-    }
-
-    fn use_kubernetes(&mut self, grant: Grant) -> Answer {
-        if let Some(name) = self.start.name.as_ref().filter(|name| name.as_str() != grant.node) {
-            return failed(format!(
-                "this machine is `{name}` in the mesh and `{}` in Kubernetes; for its record to stand on its own Node both have to \
-                 be one: leave, and join again with --name {}",
-                grant.node, grant.node
-            ));
-        }
-        let Self { uplink, mesh, signed_network, .. } = self;
-        // A daemon with access of its own, as the control plane's, needs no other.
-        if let Some(handover) = uplink.handover() {
-            let (_, entries, peers) = mesh.known();
-            let network = signed_network.clone();
-            handover.grant(grant, || Known {
-                network,
-                entries: entries.cloned().collect(),
-                peers: peers.cloned().collect(),
-            });
-        }
-        Answer::Done
-    }
-
-    async fn leave(&mut self, force: bool) -> Result<(), String> {
-        if let Some(registry) = &mut self.uplink.registry
-            && let Err(why) = registry.leave().await
-        {
-            if !force {
-                return Err(format!(
-                    "the control plane was not told ({why}), so this node would stay in its list; try again, or clean up here \
-                     alone with --force and run `keystone-mesh remove` there"
-                ));
-            }
-            tracing::warn!(why, "the control plane was not told; remove this node there");
-        }
-        self.start.membership = None;
-        // First what is still to be written, so that it does not come back.
-        if let Some(saver) = self.saver.take() {
-            saver.finish().await;
-        }
-        self.start.state.forget().map_err(|error| error.to_string())
-    }
 }
 
 /// Stands for the gateway among those who see this node from outside; not an address that a relay can have.
@@ -682,8 +432,4 @@ async fn next_event(uplink: &mut Uplink) -> Event {
         Some(registry) => registry.next().await,
         None => std::future::pending().await,
     }
-}
-
-fn failed(message: String) -> Answer {
-    Answer::Failed { message }
 }
