@@ -75,7 +75,7 @@ pub struct RunArgs {
     /// Networks that any Node may be the way to when it or a person asks
     #[arg(long, env = "KEYSTONE_CONTROLLER_ALLOWED_ROUTES", value_delimiter = ',', value_name = "CIDR")]
     pub allowed_routes: Vec<IpNet>,
-    /// Networks inside which Nodes' podCIDRs have to be; default: anywhere
+    /// Networks inside which Nodes' podCIDRs have to be; default: private space (RFC 1918, RFC 6598, RFC 4193)
     #[arg(long, env = "KEYSTONE_CONTROLLER_POD_CIDRS", value_delimiter = ',', value_name = "CIDR")]
     pub pod_cidrs: Vec<IpNet>,
     /// Initialise Nodes (provider ID, topology labels, addresses, the uninitialized taint), where no cloud controller does

@@ -10,8 +10,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use keystone_mesh_core::admission::overlap;
 use keystone_mesh_core::facts::MAX_FACT;
 use keystone_mesh_core::network::Network;
@@ -74,6 +75,9 @@ pub(super) enum RouteRefusal {
     /// A pod CIDR outside of those that there are.
     #[error("{0} (spec.podCIDRs) is outside of the controller's --pod-cidrs")]
     OutsidePodCidrs(IpNet),
+    /// A pod CIDR that could be somebody's in the internet.
+    #[error("{0} (spec.podCIDRs) is public address space; if the cluster's pods are there, name it with --pod-cidrs")]
+    PublicPodCidr(IpNet),
     /// Addresses that are never routed.
     #[error("{0} is a default route, or loopback, link-local or multicast space; none of these leads to a node")]
     Special(IpNet),
@@ -100,7 +104,7 @@ impl RouteRefusal {
     pub(super) fn reason(&self) -> &'static str {
         match self {
             Self::NotAllowed { .. } => "RouteNotAllowed",
-            Self::OutsidePodCidrs(_) => "OutsidePodCIDRs",
+            Self::OutsidePodCidrs(_) | Self::PublicPodCidr(_) => "OutsidePodCIDRs",
             Self::Special(_) => "RouteNotPossible",
             Self::Overlap { .. } => "RouteOverlap",
             Self::TooMany(_) => "TooManyRoutes",
@@ -243,6 +247,8 @@ fn check(net: IpNet, source: Source, machine: &Machine<'_>, settings: &Settings)
     }
     let inside = |allowed: &[IpNet]| allowed.iter().any(|allowed| allowed.contains(&net));
     match source {
+        // A kubelet may name the podCIDRs of its own Node: without bounds it could take anybody's addresses.
+        Source::PodCidr if settings.pod_cidrs.is_empty() && !private(net) => Err(RouteRefusal::PublicPodCidr(net)),
         Source::PodCidr if settings.pod_cidrs.is_empty() || inside(&settings.pod_cidrs) => Ok(()),
         Source::PodCidr => Err(RouteRefusal::OutsidePodCidrs(net)),
         Source::Person | Source::Record => {
@@ -256,18 +262,40 @@ fn check(net: IpNet, source: Source, machine: &Machine<'_>, settings: &Settings)
     }
 }
 
-/// Loopback, link-local and multicast addresses, and what begins at the unspecified one, as the default route does.
+/// Loopback, link-local and multicast space, "this network" of RFC 791 and IPv4's reserved end, and what holds any of it, as
+/// a default route does.
 fn special(net: IpNet) -> bool {
-    match net {
-        IpNet::V4(v4) => {
-            let first = v4.network();
-            first.is_loopback() || first.is_link_local() || first.is_multicast() || first.is_unspecified()
-        }
-        IpNet::V6(v6) => {
-            let first = v6.network();
-            first.is_loopback() || first.is_unicast_link_local() || first.is_multicast() || first.is_unspecified()
-        }
-    }
+    const NOBODYS: [IpNet; 8] = [
+        v4([0, 0, 0, 0], 8),
+        v4([127, 0, 0, 0], 8),
+        v4([169, 254, 0, 0], 16),
+        v4([224, 0, 0, 0], 3),
+        v6([0, 0], 128),
+        IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::LOCALHOST, 128)),
+        v6([0xfe80, 0], 10),
+        v6([0xff00, 0], 8),
+    ];
+    NOBODYS.iter().any(|nobodys| overlap(*nobodys, net))
+}
+
+/// Space that is nobody's in the internet: RFC 1918, shared space (RFC 6598) and unique local addresses (RFC 4193).
+fn private(net: IpNet) -> bool {
+    const PRIVATE: [IpNet; 5] = [
+        v4([10, 0, 0, 0], 8),
+        v4([172, 16, 0, 0], 12),
+        v4([192, 168, 0, 0], 16),
+        v4([100, 64, 0, 0], 10),
+        v6([0xfc00, 0], 7),
+    ];
+    PRIVATE.iter().any(|private| private.contains(&net))
+}
+
+const fn v4([a, b, c, d]: [u8; 4], prefix: u8) -> IpNet {
+    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(a, b, c, d), prefix))
+}
+
+const fn v6([first, second]: [u16; 2], prefix: u8) -> IpNet {
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(first, second, 0, 0, 0, 0, 0, 0), prefix))
 }
 
 /// A network and who has it; the mesh itself is nobody's.

@@ -162,6 +162,12 @@ fn networks_that_lead_to_no_node_are_refused() {
         ("169.254.169.254/32", "RouteNotPossible"),
         ("224.0.0.0/4", "RouteNotPossible"),
         ("fe80::/64", "RouteNotPossible"),
+        ("126.0.0.0/7", "RouteNotPossible"),
+        ("169.0.0.0/8", "RouteNotPossible"),
+        ("192.0.0.0/2", "RouteNotPossible"),
+        ("128.0.0.0/1", "RouteNotPossible"),
+        ("8.8.8.0/24", "OutsidePodCIDRs"),
+        ("2001:db8::/64", "OutsidePodCIDRs"),
     ] {
         let mut world = World::plain();
         world.approved("worker-1", 2);
@@ -186,6 +192,16 @@ fn pod_cidrs_stay_inside_of_those_that_there_are() {
     world.settle();
     assert!(world.pod_cidrs("worker-1").is_empty() && world.routes("worker-1").is_empty());
     assert_eq!(world.says("worker-1", ROUTES_CONDITION), "False/OutsidePodCIDRs");
+}
+
+#[test]
+fn pods_in_public_space_are_there_when_people_say_so() {
+    let settings = Settings { pod_cidrs: nets(&["2001:db8::/32"]), startup_taint: false, ..Settings::default() };
+    let mut world = World::new(settings);
+    world.approved("worker-1", 2);
+    world.pods("worker-1", &["2001:db8:0:1::/64"]);
+    world.settle();
+    assert_eq!(world.pod_cidrs("worker-1"), ["2001:db8:0:1::/64"]);
 }
 
 #[test]
