@@ -241,15 +241,15 @@ fn a_machine_that_its_autoscaler_took_is_out_while_its_node_is_still_there() {
 }
 
 #[test]
-fn pod_cidrs_are_routed_an_overlap_names_both_sides_and_a_raw_node_is_initialised() {
-    let name = "approval::pod_cidrs_are_routed_an_overlap_names_both_sides_and_a_raw_node_is_initialised";
+fn pod_cidrs_are_approved_an_overlap_names_both_sides_and_a_raw_node_is_initialised() {
+    let name = "approval::pod_cidrs_are_approved_an_overlap_names_both_sides_and_a_raw_node_is_initialised";
     in_world(name, |world| {
         let _controller = world.controller("a", 9001, &["--approval=auto", "--node-init"])?;
         let machines = Machine::many("w", 2);
         let (uninitialized, cidr) = ("node.cloudprovider.kubernetes.io/uninitialized", "10.42.1.0/24");
-        let routes = async |client: &Client, machine: &Machine| {
+        let pods = async |client: &Client, machine: &Machine| {
             let approval = world.approvals(client).await?.remove(machine.name());
-            anyhow::Ok(approval.map(|approval| approval.routes).unwrap_or_default())
+            anyhow::Ok(approval.map(|approval| approval.pod_cidrs).unwrap_or_default())
         };
         let create = |machine: &Machine| {
             let mut node = machine.node();
@@ -263,8 +263,8 @@ fn pod_cidrs_are_routed_an_overlap_names_both_sides_and_a_raw_node_is_initialise
             world.with_client(async |client| Ok(Api::<Node>::all(client).create(&PostParams::default(), &node).await?))
         };
         create(&machines[0])?;
-        world.until("its podCIDR is its route", PATIENCE, async |client| {
-            Ok((routes(client, &machines[0]).await? == [cidr.parse()?]).then_some(()))
+        world.until("its podCIDR is approved", PATIENCE, async |client| {
+            Ok((pods(client, &machines[0]).await? == [cidr.parse()?]).then_some(()))
         })?;
         create(&machines[1])?;
         let refused = world.until("the overlap is refused", PATIENCE, async |client| {
@@ -289,10 +289,10 @@ fn pod_cidrs_are_routed_an_overlap_names_both_sides_and_a_raw_node_is_initialise
             "{addresses:?}"
         );
 
-        // When the first one goes, the other has the route.
+        // When the first one goes, the other has it.
         world.with_client(async |client| delete(&client, &machines[..1]).await)?;
-        world.until("the route is the other's", PATIENCE, async |client| {
-            Ok((routes(client, &machines[1]).await? == [cidr.parse()?]).then_some(()))
+        world.until("it is the other's", PATIENCE, async |client| {
+            Ok((pods(client, &machines[1]).await? == [cidr.parse()?]).then_some(()))
         })
     });
 }

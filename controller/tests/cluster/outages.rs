@@ -113,9 +113,9 @@ fn an_api_server_that_cannot_be_reached_is_told_with_cause_and_remedy() {
             good["users"][0]["user"]["client-certificate-data"].clone();
         let at = |server: &str| world.server.admin().clone().at(server).kubeconfig();
         let cases = [
-            ("another-cluster", another_cluster, "certificate", "this is another cluster"),
+            ("another-cluster", another_cluster, "certificate", "they are another cluster's"),
             ("another-name", at(&format!("https://127.0.0.2:{PORT}")), "127.0.0.2", "--tls-san"),
-            ("another-port", at("https://127.0.0.1:9"), "onnection refused", "are address and port right?"),
+            ("another-port", at("https://127.0.0.1:9"), "onnection refused", "is this its address?"),
         ];
         for (number, (name, config, cause, remedy)) in (9001..).zip(cases) {
             let controller = world.controller_by(&config, name, number, &[])?;
