@@ -31,7 +31,7 @@ use serde::{Deserialize as _, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use crate::world::{Machine, PATIENCE, World, create, until};
+use crate::world::{Machine, PATIENCE, World, create_all, until};
 
 /// What deploy/ ships.
 const MANIFESTS: &str = include_str!("../../../deploy/manifests/keystone-mesh.yaml");
@@ -307,8 +307,21 @@ fn whoever_writes_on_every_node_changes_nothing_for_anybody() {
         controller.until_leading(PATIENCE)?;
 
         let machines = Machine::many("w", 4);
-        world.with_client(async |client| create(&client, &machines).await)?;
-        let approvals = world.until_approved(&machines, PATIENCE)?;
+        // Each has networks behind it.
+        let node = |machine: &Machine| {
+            let mut node = machine.node();
+            let number = machines.iter().position(|other| other.name() == machine.name()).unwrap_or_default();
+            node.spec.get_or_insert_default().pod_cidrs = Some(vec![format!("10.42.{number}.0/24")]);
+            node
+        };
+        world.with_client(async |client| create_all(&client, &machines, node).await)?;
+        let approvals = world.until("all are approved with their pods", PATIENCE, async |client| {
+            let approvals = world.approvals(client).await?;
+            let complete = |machine: &Machine| {
+                approvals.get(machine.name()).is_some_and(|a| !a.addresses.is_empty() && a.pod_cidrs.len() == 1)
+            };
+            Ok(machines.iter().all(complete).then_some(approvals))
+        })?;
         let [bad, victim, reader, other] = &machines[..] else { unreachable!("there are four") };
         let mut reader = Reader::new(&world, reader);
         let before = reader.look(&world)?;
@@ -325,7 +338,8 @@ fn whoever_writes_on_every_node_changes_nothing_for_anybody() {
                     let node_now = Api::<Node>::all(client.clone()).get_metadata(node).await?;
                     let (name, wanted) = (node.parse()?, &approvals[node]);
                     let Ok(Some(found)) = annotations::approval(&name, node_now.annotations()) else { return Ok(None) };
-                    let same = found.get().addresses == wanted.addresses && found.get().routes == wanted.routes;
+                    let found_nets = (&found.get().addresses, &found.get().routes, &found.get().pod_cidrs);
+                    let same = found_nets == (&wanted.addresses, &wanted.routes, &wanted.pod_cidrs);
                     ensure!(found.get().network != world.key.id() || same, "{what}: approved was {:?}", found.get());
                     Ok((found.get().network == world.key.id() && found.get().identity == wanted.identity).then_some(()))
                 })
@@ -402,6 +416,7 @@ fn forgeries<'a>(
         ),
         ("another's addresses for itself", bad.name(), with(&own, &[("addresses", of(&theirs, "addresses"))])),
         ("everything as its route", bad.name(), with(&own, &[("routes", "0.0.0.0/0,::/0".into())])),
+        ("another's pods for itself", bad.name(), with(&own, &[("pod-cidrs", of(&theirs, "pod-cidrs"))])),
         ("another's approval for itself", bad.name(), splice(&own, &theirs)),
         ("all of another for itself", bad.name(), others.clone()),
         ("an approval of its own making", victim.name(), splice(&theirs, &self_signed)),

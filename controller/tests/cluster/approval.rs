@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use k8s_openapi::api::core::v1::{Node, NodeCondition, Taint};
 use k8s_openapi::api::events::v1::Event;
@@ -211,33 +211,68 @@ fn a_node_that_peers_reach_is_ready_and_loses_its_startup_taint() {
 #[test]
 fn a_machine_that_its_autoscaler_took_is_out_while_its_node_is_still_there() {
     in_world("approval::a_machine_that_its_autoscaler_took_is_out_while_its_node_is_still_there", |world| {
-        world.server.apply(NODE_CLAIMS)?;
-        world.server.kubectl(&["wait", "--for=condition=Established", "--timeout=30s", "crd", "--all"])?;
-        let controller = world.controller("a", 9001, AUTO)?;
-        controller.until_logged("watching machines of an autoscaler", PATIENCE)?;
-        let machines = Machine::many("w", 2);
-        world.server.apply(
-            &json!({
+        let machines = Machine::many("w", 3);
+        let claims = [
+            json!({
                 "apiVersion": "karpenter.sh/v1", "kind": "NodeClaim", "metadata": {"name": "claim"},
                 "status": {"nodeName": machines[0].name(), "providerID": "aws:///z/i-1"},
-            })
-            .to_string(),
-        )?;
+            }),
+            json!({
+                "apiVersion": "cluster.x-k8s.io/v1beta1", "kind": "Machine",
+                "metadata": {"name": "claim", "namespace": "default"},
+                "spec": {"providerID": "hcloud://1"}, "status": {"nodeRef": {"name": machines[1].name()}},
+            }),
+        ];
+        world.server.apply(&autoscalers_resource("karpenter.sh", "v1", "NodeClaim", "Cluster"))?;
+        world.server.apply(&autoscalers_resource("cluster.x-k8s.io", "v1beta1", "Machine", "Namespaced"))?;
+        world.server.kubectl(&["wait", "--for=condition=Established", "--timeout=30s", "crd", "--all"])?;
+        let controller = world.controller("a", 9001, AUTO)?;
+        for resource in ["nodeclaims.karpenter.sh", "machines.cluster.x-k8s.io"] {
+            controller.until_logged(&format!("autoscaler resource={resource}"), PATIENCE)?;
+        }
+        for claim in &claims {
+            world.server.apply(&claim.to_string())?;
+        }
         world.with_client(async |client| create(&client, &machines).await)?;
         world.until_approved(&machines, PATIENCE)?;
-        let deleted = Instant::now();
-        world.server.kubectl(&["delete", "nodeclaim", "claim"])?;
-        world.until("its approval is taken back", PATIENCE, async |client| {
-            let approval = world.approvals(client).await?.remove(machines[0].name());
-            Ok(approval.filter(Approval::is_revoked))
-        })?;
-        assert!(deleted.elapsed() < Duration::from_secs(10), "{:?}", deleted.elapsed());
-        let holder = Holder::Node(machines[0].name().parse()?, machines[0].id());
-        world.until("its address is given back", PATIENCE, async |client| {
-            Ok(world.ledger(client).await?.held_by(&holder).is_none().then_some(()))
-        })?;
+        for (machine, kind) in machines.iter().zip(["nodeclaim", "machine.cluster.x-k8s.io"]) {
+            let deleted = Instant::now();
+            world.server.kubectl(&["delete", kind, "claim"])?;
+            world.until("its approval is taken back", PATIENCE, async |client| {
+                let approval = world.approvals(client).await?.remove(machine.name());
+                Ok(approval.filter(Approval::is_revoked))
+            })?;
+            println!("{kind}: out {:?} after it went", deleted.elapsed());
+            let holder = Holder::Node(machine.name().parse()?, machine.id());
+            world.until("its address is given back", PATIENCE, async |client| {
+                Ok(world.ledger(client).await?.held_by(&holder).is_none().then_some(()))
+            })?;
+        }
+        let left = world.with_client(async |client| world.approvals(&client).await)?;
+        assert!(!left[machines[2].name()].is_revoked(), "the others stay");
         Ok(())
     });
+}
+
+/// A stand-in for the resource that an autoscaler brings.
+fn autoscalers_resource(group: &str, version: &str, kind: &str, scope: &str) -> String {
+    let singular = kind.to_lowercase();
+    json!({
+        "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+        "metadata": {
+            "name": format!("{singular}s.{group}"),
+            "annotations": {"api-approved.kubernetes.io": "unapproved, a stand-in"},
+        },
+        "spec": {
+            "group": group, "scope": scope,
+            "names": {"kind": kind, "plural": format!("{singular}s"), "singular": singular},
+            "versions": [{
+                "name": version, "served": true, "storage": true,
+                "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": true}},
+            }],
+        },
+    })
+    .to_string()
 }
 
 #[test]
@@ -296,18 +331,6 @@ fn pod_cidrs_are_approved_an_overlap_names_both_sides_and_a_raw_node_is_initiali
         })
     });
 }
-
-const NODE_CLAIMS: &str = r#"{
-    "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
-    "metadata": {"name": "nodeclaims.karpenter.sh",
-        "annotations": {"api-approved.kubernetes.io": "unapproved, a stand-in"}},
-    "spec": {
-        "group": "karpenter.sh", "scope": "Cluster",
-        "names": {"kind": "NodeClaim", "plural": "nodeclaims", "singular": "nodeclaim"},
-        "versions": [{"name": "v1", "served": true, "storage": true,
-            "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": true}}}]
-    }
-}"#;
 
 #[test]
 fn a_plain_peer_is_served_by_its_node() {
