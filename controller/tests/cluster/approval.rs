@@ -43,11 +43,13 @@ fn a_node_is_approved_and_its_address_given_back_when_it_goes() {
         assert!(taints(&node).iter().any(|key| key == "someone.else/starting"), "{:?}", taints(&node));
         let managers = node.metadata.managed_fields.unwrap_or_default();
         assert!(managers.iter().any(|entry| entry.manager.as_deref() == Some("keystone-controller")));
-        world.until("an event tells of it", PATIENCE, async |client| {
+        let told = world.until("an event tells of it", PATIENCE, async |client| {
             let events = Api::<Event>::namespaced(client.clone(), "default").list(&ListParams::default()).await?;
             let about = |event: &Event| event.regarding.as_ref().and_then(|object| object.name.clone());
-            Ok(events.into_iter().find(|event| about(event).as_deref() == Some(machine.name())))
+            let approvals = |event: &Event| event.reason.as_deref() == Some("Approved");
+            Ok(events.into_iter().find(|event| about(event).as_deref() == Some(machine.name()) && approvals(event)))
         })?;
+        assert!(told.note.as_deref().is_some_and(|note| note.contains("10.98.")), "{:?}", told.note);
 
         world.with_client(async |client| delete(&client, &machines).await)?;
         world.until_approved(&[], PATIENCE)?;

@@ -45,27 +45,51 @@ fn a_record_is_published_once_and_put_right_and_others_are_seen() {
                 })
                 .await?;
                 assert!(entries.iter().any(|entry| entry.name().as_str() == "other" && entry.approval.is_some()));
-                tokio::task::block_in_place(|| {
+                let writes = tokio::task::block_in_place(|| {
                     wait::until("the record stands", PATIENCE, poll, || stands(server, "w", "1"))?;
-                    let writes = server.metrics()?.writes("nodes");
-                    // Nothing happens to it for some seconds, and nothing is written.
-                    std::thread::sleep(Duration::from_secs(3));
-                    assert_eq!(server.metrics()?.writes("nodes"), writes);
+                    server.metrics().map(|metrics| metrics.writes("nodes"))
+                })?;
+                // The next one is one write, and what stood was not written again before it.
+                registry.publish(record(3, "w", 2));
+                tokio::task::block_in_place(|| {
+                    wait::until("the next record stands", PATIENCE, poll, || stands(server, "w", "2"))?;
+                    assert_eq!(server.metrics()?.writes("nodes"), writes + 1);
+                    let managers = server.kubectl(&[
+                        "get",
+                        "node",
+                        "w",
+                        "--show-managed-fields",
+                        "--output=jsonpath={.metadata.managedFields[*].manager}",
+                    ])?;
+                    assert!(
+                        managers.split(' ').any(|manager| manager == keystone_mesh_api::AGENT_MANAGER),
+                        "{managers}"
+                    );
 
                     // Somebody changes it, and somebody adds what would break the signature.
                     let change = [format!("{PREFIX}seq=9"), format!("{PREFIX}routes-wanted=10.0.0.0/8")];
                     server.kubectl(&["annotate", "--overwrite", "node/w", &change[0], &change[1]])?;
                     wait::until("it is put right", PATIENCE, poll, || {
                         let found = annotations_of(server, "node", "w")?;
-                        let right = annotations::of_record(&record(3, "w", 1));
+                        let right = annotations::of_record(&record(3, "w", 2));
                         Ok((found == serde_json::to_value(right)?).then_some(()))
                     })?;
-                    // The Node goes and comes again, and is not made by us.
+                    // The Node goes and comes again.
                     server.kubectl(&["delete", "node", "w"])?;
-                    std::thread::sleep(Duration::from_secs(1));
-                    assert!(server.kubectl(&["get", "node", "w"]).is_err());
+                    server.apply(&approved_node(4, "later"))
+                })?;
+                hear(&mut registry, "what came later", |event| match event {
+                    Event::Snapshot { entries, .. } => {
+                        entries.iter().any(|entry| entry.name().as_str() == "later").then_some(())
+                    }
+                    Event::Changed(entry) => (entry.name().as_str() == "later").then_some(()),
+                    _ => None,
+                })
+                .await?;
+                tokio::task::block_in_place(|| {
+                    assert!(server.kubectl(&["get", "node", "w"]).is_err(), "a Node is not made by us");
                     server.apply(&node("w", &Default::default()))?;
-                    wait::until("the record stands again", PATIENCE, poll, || stands(server, "w", "1"))
+                    wait::until("the record stands again", PATIENCE, poll, || stands(server, "w", "2"))
                 })
             })
         },
