@@ -59,7 +59,7 @@ pub struct Ready {
     /// At least one pod CIDR is approved.
     #[serde(rename = "podCIDR")]
     pub pod_cidr: bool,
-    /// At least one peer is reachable, or there is none to reach.
+    /// At least one peer is reachable, or there is none to reach; also where nothing was missing earlier in this boot.
     pub peer: bool,
 }
 

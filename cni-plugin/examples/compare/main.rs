@@ -17,13 +17,11 @@ mod runtime;
 mod timing;
 
 use std::ffi::OsString;
-use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::{env, fs};
 
 use anyhow::{Context, Result, bail};
-use keystone_cni::facts;
 use keystone_lab::sandbox::{self, Sandbox};
 
 use crate::contest::Contestant;
@@ -81,7 +79,6 @@ fn run() -> Result<ExitCode> {
     }
     sandbox::settle()?;
     let contestants = Contestant::all(&options.plugin, &options.reference, options.newer.as_deref())?;
-    let _daemon = UnixListener::bind(Path::new(facts::DEFAULT_PATH).with_file_name("control.sock"))?;
     println!("{}", cases::table(&contestants)?);
     println!("{}", timing::latencies(&contestants, options.rounds)?);
     println!("{}", timing::mass(&contestants, options.pods)?);

@@ -34,8 +34,6 @@ pub enum Code {
     TryAgainLater = 11,
     /// STATUS: pods cannot be given a network here yet.
     NotAvailable = 50,
-    /// STATUS: as [`Code::NotAvailable`], and running pods may have lost theirs.
-    LimitedConnectivity = 51,
     /// Every address of the ranges is taken, or the one asked for is.
     NoAddress = 100,
     /// The container has this interface already.
@@ -54,7 +52,7 @@ pub enum Code {
 
 impl Code {
     /// All of them, in order.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 16] = [
         Self::IncompatibleVersion,
         Self::UnsupportedField,
         Self::UnknownContainer,
@@ -64,7 +62,6 @@ impl Code {
         Self::InvalidConfig,
         Self::TryAgainLater,
         Self::NotAvailable,
-        Self::LimitedConnectivity,
         Self::NoAddress,
         Self::AlreadyAttached,
         Self::Store,
@@ -107,10 +104,6 @@ impl Code {
             Self::NotAvailable => (
                 "STATUS: pods cannot be given a network here yet",
                 "`keystone-mesh status` and `doctor` say what the node waits for",
-            ),
-            Self::LimitedConnectivity => (
-                "STATUS: the daemon does not answer, so that running pods may be cut off from other nodes",
-                "start keystone-mesh again; ADD and DEL work meanwhile",
             ),
             Self::NoAddress => (
                 "every address is taken, or the one asked for is",

@@ -1,16 +1,18 @@
 //! STATUS: could a pod start here, and if not, what is missing.
-
-use std::os::unix::net::UnixStream;
-use std::path::Path;
+//!
+//! Any error turns the whole node NotReady (containerd 2 tells the kubelet that there is no network), and Kubernetes then takes
+//! its pods out of Services. So only what would keep ADD from giving a pod a network counts: a daemon that restarts does
+//! not, for ADD reads the facts that it left, and the facts do not count a peer that is lost after the node was ready.
+//! A helper is chained to somebody else's network, whose own plugin says whether that is ready.
 
 use super::{facts, own_pools};
 use crate::delegate;
 use crate::spec::{Call, Code, Config, Error, Ipam, Mode, Result, Verb};
 
-/// Where the daemon listens: beside the facts, so that both are found wherever the daemon was told to run.
-const CONTROL_SOCKET: &str = "control.sock";
-
 pub(super) fn status(call: &Call, config: &Config) -> Result<()> {
+    if config.mode == Mode::Helper {
+        return Ok(());
+    }
     let facts = facts(config).map_err(not_available)?;
     let Some(facts) = facts else {
         return Err(Error::new(
@@ -23,7 +25,7 @@ pub(super) fn status(call: &Call, config: &Config) -> Result<()> {
     };
     let missing: Vec<&str> = [
         (facts.ready.mesh_address, "a mesh address"),
-        (facts.ready.pod_cidr || config.mode == Mode::Helper || !needs_pod_cidr(config), "a pod CIDR"),
+        (facts.ready.pod_cidr || !needs_pod_cidr(config), "a pod CIDR"),
         (facts.ready.peer, "a reachable peer"),
     ]
     .into_iter()
@@ -36,32 +38,15 @@ pub(super) fn status(call: &Call, config: &Config) -> Result<()> {
         );
         return Err(facts.not_ready.iter().fold(error, |error, sentence| error.with_details(sentence)));
     }
-    if config.mode == Mode::PodNetwork {
-        own_pools(Some(&facts), config).map_err(not_available)?;
-        if let Ipam::Delegated(plugin) = &config.ipam {
-            delegate::call(plugin, Verb::Status, call, config)?;
-        }
+    own_pools(Some(&facts), config).map_err(not_available)?;
+    match &config.ipam {
+        Ipam::Delegated(plugin) => delegate::call(plugin, Verb::Status, call, config).map(drop),
+        Ipam::Own(_) => Ok(()),
     }
-    daemon_answers(&config.facts)
 }
 
 fn needs_pod_cidr(config: &Config) -> bool {
     matches!(&config.ipam, Ipam::Own(ranges) if ranges.is_empty())
-}
-
-/// A connection is enough: a daemon that hangs does not take one for long, and what it would say is in the facts.
-fn daemon_answers(facts: &Path) -> Result<()> {
-    let socket = facts.with_file_name(CONTROL_SOCKET);
-    match UnixStream::connect(&socket) {
-        Ok(_connection) => Ok(()),
-        Err(error) => Err(Error::new(
-            Code::LimitedConnectivity,
-            format!(
-                "keystone-mesh does not answer at {}: {error}; start it again, pods can be made and removed meanwhile",
-                socket.display()
-            ),
-        )),
-    }
 }
 
 /// Whatever the fault is, for STATUS it means that ADD would fail.

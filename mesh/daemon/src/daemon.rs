@@ -335,7 +335,7 @@ fn hints(snapshot: &Snapshot) -> impl Iterator<Item = Hint> + '_ {
 /// What was told to pods and about them ends with the membership.
 fn forget_pods(places: &Places) {
     FactsFile::remove(&places.facts());
-    Told::in_directory(&places.run_dir).forget();
+    Told::in_directory(&places.state_dir).forget();
 }
 
 /// Leaves while no daemon runs: tells the control plane, cleans up, forgets.

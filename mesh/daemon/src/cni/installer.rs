@@ -1,13 +1,14 @@
 //! Keeps a node's CNI directories as [`layout`](super::layout) decides: reads them, applies, waits for a change.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs::{self, Permissions};
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, anyhow};
@@ -27,6 +28,9 @@ const LOOK_EVERY: Duration = Duration::from_secs(10);
 const SETTLE: Duration = Duration::from_millis(50);
 /// Far more than any configuration has.
 const MAX_BYTES: u64 = 1 << 20;
+
+/// A plugin tells its versions in milliseconds; one that hangs must not keep the directories from being kept.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 
 /// Where things are, and what is wanted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -143,26 +147,35 @@ impl Work {
             },
             portmap: installs.then(|| self.programs.versions(&self.settings.bin_dir.join(PORTMAP))).flatten(),
         };
-        let decision = self.layout.decide(&Wanted { mode: self.mode, facts, ready }, &found, Instant::now());
+        let mut decision = self.layout.decide(&Wanted { mode: self.mode, facts, ready }, &found, Instant::now());
         for op in &decision.ops {
-            self.apply(op, source.as_deref())?;
+            if let Applied::Changed = self.apply(op, &found, source.as_deref())? {
+                // What is there by now is for the next round to judge.
+                decision.again_at = Some(Instant::now());
+                break;
+            }
         }
         Ok(decision)
     }
 
-    fn apply(&self, op: &Op, source: Option<&Path>) -> anyhow::Result<()> {
+    fn apply(&self, op: &Op, found: &Found, source: Option<&Path>) -> anyhow::Result<Applied> {
         match op {
             Op::CopyProgram => {
                 let source = source.context("no program is to be copied in this mode")?;
                 let program = fs::read(source).with_context(|| format!("cannot read {}", source.display()))?;
-                replace(&self.settings.bin_dir, PLUGIN, &program, 0o755)?;
+                replace(&self.settings.bin_dir, PLUGIN, &program, 0o755, || true)?;
                 tracing::info!(directory = %self.settings.bin_dir.display(), "installed the CNI plugin");
             }
             Op::Write { name, text } => {
-                let directory = &self.settings.conf_dir;
-                let mode = fs::metadata(directory.join(name)).map_or(0o644, |there| there.permissions().mode() & 0o777);
-                replace(directory, name, text.as_bytes(), mode)?;
-                tracing::info!(file = %directory.join(name).display(), "wrote the CNI configuration");
+                let file = self.settings.conf_dir.join(name);
+                let (directory, target) = behind_link(&self.settings.conf_dir, name)?;
+                let mode = fs::metadata(&file).map_or(0o644, |there| there.permissions().mode() & 0o777);
+                // Another program's rewrite since this one was read would be lost.
+                let unchanged = || fs::read_to_string(&file).ok().as_ref() == found.files.get(name);
+                if let Applied::Changed = replace(&directory, &target, text.as_bytes(), mode, unchanged)? {
+                    return Ok(Applied::Changed);
+                }
+                tracing::info!(file = %file.display(), "wrote the CNI configuration");
             }
             Op::Remove(name) => {
                 let file = self.settings.conf_dir.join(name);
@@ -170,7 +183,7 @@ impl Work {
                 tracing::info!(file = %file.display(), "removed the CNI configuration");
             }
         }
-        Ok(())
+        Ok(Applied::Done)
     }
 
     /// The plugin's program as it came with this one.
@@ -187,6 +200,14 @@ impl Work {
             path.display()
         ))
     }
+}
+
+/// What came of a change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Applied {
+    Done,
+    /// Nothing: what it was decided upon is not there as it was.
+    Changed,
 }
 
 /// What programs are, by what the file system says of them: reading megabytes in every round would be waste.
@@ -224,7 +245,7 @@ impl Programs {
         {
             return versions.clone();
         }
-        let versions = Some(ask_versions(plugin).unwrap_or_else(|error| {
+        let versions = Some(ask_versions(plugin, ANSWERS_WITHIN).unwrap_or_else(|error| {
             // Where it cannot be run from here (another C library, in the agent's pod) it speaks what all speak.
             tracing::debug!(plugin = %plugin.display(), %error, "a plugin does not tell its versions");
             Vec::new()
@@ -240,7 +261,7 @@ fn stamp(path: &Path) -> Option<Stamp> {
 }
 
 /// The VERSION command of the CNI specification.
-fn ask_versions(plugin: &Path) -> anyhow::Result<Vec<String>> {
+fn ask_versions(plugin: &Path, patience: Duration) -> anyhow::Result<Vec<String>> {
     let mut child = Command::new(plugin)
         .env_clear()
         .env("CNI_COMMAND", "VERSION")
@@ -248,12 +269,29 @@ fn ask_versions(plugin: &Path) -> anyhow::Result<Vec<String>> {
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()?;
+    let answer = answer(&mut child, patience);
+    // It has said what it has to say, or hangs.
+    let _gone_already = child.kill();
+    child.wait()?;
+    let said: serde_json::Value = serde_json::from_slice(&answer?)?;
+    let versions = said["supportedVersions"].as_array().context("no supportedVersions")?;
+    Ok(versions.iter().filter_map(|version| version.as_str().map(str::to_owned)).collect())
+}
+
+/// Gives a plugin its configuration, and reads to the end what it says.
+fn answer(child: &mut Child, patience: Duration) -> anyhow::Result<Vec<u8>> {
     if let Some(mut input) = child.stdin.take() {
         input.write_all(br#"{"cniVersion":"1.0.0"}"#)?;
     }
-    let said: serde_json::Value = serde_json::from_slice(&child.wait_with_output()?.stdout)?;
-    let versions = said["supportedVersions"].as_array().context("no supportedVersions")?;
-    Ok(versions.iter().filter_map(|version| version.as_str().map(str::to_owned)).collect())
+    let output = child.stdout.take().context("no output")?;
+    let (tell, told) = mpsc::channel();
+    // It ends with the plugin, which is killed where it takes too long.
+    std::thread::spawn(move || {
+        let mut said = Vec::new();
+        let read = output.take(MAX_BYTES).read_to_end(&mut said).map(|_| said);
+        let _nobody_waits = tell.send(read);
+    });
+    Ok(told.recv_timeout(patience).with_context(|| format!("no answer within {patience:?}"))??)
 }
 
 /// The configurations of a directory, by name. One that does not exist has none.
@@ -279,8 +317,27 @@ fn configurations(directory: &Path) -> anyhow::Result<BTreeMap<String, String>> 
     Ok(files)
 }
 
-/// Puts a file into place in one step. What is half written has a name that no runtime looks at.
-fn replace(directory: &Path, name: &str, bytes: &[u8], mode: u32) -> anyhow::Result<()> {
+/// Where a configuration is in truth. A link, as NixOS and configuration managers make them, stays one: its file is written.
+fn behind_link(directory: &Path, name: &str) -> anyhow::Result<(PathBuf, String)> {
+    let file = directory.join(name);
+    let Ok(target) = fs::read_link(&file) else { return Ok((directory.to_owned(), name.to_owned())) };
+    let refused = || format!("{} is a link to {}, which cannot be written here", file.display(), target.display());
+    let behind = fs::canonicalize(&file).with_context(refused)?;
+    match (behind.parent(), behind.file_name().and_then(OsStr::to_str)) {
+        (Some(directory), Some(name)) => Ok((directory.to_owned(), name.to_owned())),
+        _ => Err(anyhow!(refused())),
+    }
+}
+
+/// Puts a file into place in one step, unless what is there is another by then. What is half written has a name that no
+/// runtime looks at.
+fn replace(
+    directory: &Path,
+    name: &str,
+    bytes: &[u8],
+    mode: u32,
+    unchanged: impl Fn() -> bool,
+) -> anyhow::Result<Applied> {
     let beside = directory.join(format!(".{name}.{}", std::process::id()));
     let written = (|| {
         fs::DirBuilder::new().recursive(true).mode(0o755).create(directory)?;
@@ -289,9 +346,12 @@ fn replace(directory: &Path, name: &str, bytes: &[u8], mode: u32) -> anyhow::Res
         file.set_permissions(Permissions::from_mode(mode))?;
         // A crash of the host must not leave an empty program under the plugin's name.
         file.sync_all()?;
-        fs::rename(&beside, directory.join(name))
+        if !unchanged() {
+            return Ok(Applied::Changed);
+        }
+        fs::rename(&beside, directory.join(name)).map(|()| Applied::Done)
     })();
-    if written.is_err() {
+    if !matches!(written, Ok(Applied::Done)) {
         let _nothing_to_remove = fs::remove_file(&beside);
     }
     written.map_err(|error| {

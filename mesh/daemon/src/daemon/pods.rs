@@ -28,7 +28,7 @@ pub(super) struct Pods {
 
 impl Pods {
     pub(super) fn start(config: &Config, places: &Places) -> Self {
-        let told = config.cni.mode.is_none().then(|| Told::in_directory(&places.run_dir));
+        let told = config.cni.mode.is_none().then(|| Told::in_directory(&places.state_dir));
         let service = told.as_ref().and_then(Told::read).unwrap_or_else(|| PodService::of(config));
         Self {
             service,

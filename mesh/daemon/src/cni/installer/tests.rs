@@ -1,3 +1,5 @@
+use std::os::unix::fs::symlink;
+
 use super::*;
 use crate::cni::facts::{FILE, facts};
 use crate::cni::layout::CONFLIST;
@@ -126,4 +128,77 @@ async fn what_cannot_be_done_is_told_with_the_remedy() {
 #[test]
 fn a_directory_that_does_not_exist_has_nothing_of_ours() {
     withdraw_from(Path::new("/nonexistent/net.d")).unwrap();
+}
+
+#[test]
+fn a_rewrite_of_another_program_in_between_is_not_lost() {
+    let directory = tempfile::tempdir().unwrap();
+    let list = directory.path().join("10-calico.conflist");
+    fs::write(&list, "what was read").unwrap();
+    let write = |was: &str| {
+        let unchanged = || fs::read_to_string(&list).unwrap() == was;
+        replace(directory.path(), "10-calico.conflist", b"ours", 0o644, unchanged).unwrap()
+    };
+    assert_eq!(write("what it was before"), Applied::Changed);
+    assert_eq!(fs::read_to_string(&list).unwrap(), "what was read");
+    assert_eq!(write("what was read"), Applied::Done);
+    assert_eq!(
+        (fs::read_to_string(&list).unwrap(), fs::read_dir(directory.path()).unwrap().count()),
+        ("ours".into(), 1)
+    );
+}
+
+#[test]
+fn a_list_that_is_a_link_stays_one_and_one_that_leads_nowhere_is_told() {
+    let node = Node::new(Mode::Helper);
+    node.make_ready();
+    let managed = node.root.path().join("managed");
+    fs::create_dir(&managed).unwrap();
+    fs::write(managed.join("calico"), CALICO).unwrap();
+    let list = node.settings.conf_dir.join("10-calico.conflist");
+    symlink("../../managed/calico", &list).unwrap();
+    let mut work = Work {
+        settings: node.settings.clone(),
+        mode: Mode::Helper,
+        facts: node.facts(),
+        layout: Layout::default(),
+        programs: Programs::default(),
+    };
+    work.round().unwrap();
+    assert!(fs::symlink_metadata(&list).unwrap().is_symlink());
+    assert!(fs::read_to_string(managed.join("calico")).unwrap().contains(PLUGIN));
+    assert_eq!((node.names(&managed), node.names(&node.settings.conf_dir).len()), (vec!["calico".to_owned()], 1));
+
+    symlink("/nonexistent/list", node.settings.conf_dir.join(CONFLIST)).unwrap();
+    work = Work { mode: Mode::PodNetwork, ..work };
+    let told = format!("{:#}", work.round().unwrap_err());
+    assert!(told.contains("10-keystone.conflist is a link to /nonexistent/list"), "{told}");
+}
+
+#[test]
+fn a_plugin_tells_its_versions_or_is_not_waited_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let plugin = |name: &str, says: &str| {
+        let path = directory.path().join(name);
+        fs::write(&path, format!("#!/bin/sh\n{says}\n")).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
+        // Another test's child may hold the file open for writing for a moment.
+        let deadline = Instant::now() + PATIENCE;
+        let patience = if name == "hangs" { Duration::from_millis(100) } else { PATIENCE };
+        loop {
+            let busy = |error: &anyhow::Error| {
+                error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::ExecutableFileBusy)
+            };
+            match ask_versions(&path, patience) {
+                Err(error) if busy(&error) && Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                answer => return answer,
+            }
+        }
+    };
+    let speaks = plugin("speaks", r#"read -r _; echo '{"supportedVersions":["0.4.0","1.0.0"]}'"#);
+    assert_eq!(speaks.unwrap(), ["0.4.0", "1.0.0"]);
+    assert!(plugin("hangs", "exec sleep 600").unwrap_err().to_string().contains("no answer"));
+    assert!(plugin("stutters", "read -r _; echo no").is_err());
 }
