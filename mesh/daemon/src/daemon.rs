@@ -141,10 +141,17 @@ pub async fn run(places: &Places, config: Config, token: Option<Token>) -> anyho
     let removed = if gone { keeper::remove(&interface).await } else { Ok(()) };
     let removed = match &end {
         Ok(End::Left(_)) => {
+            keeper::remove_tables().await;
             forget_pods(places);
             removed.and(installer::withdraw(&config.cni))
         }
-        Ok(End::Stopped | End::InterfaceLost | End::PutOut(_)) | Err(_) => removed,
+        // No more pods are to come. Those that are here run on and stay isolated, also by a daemon that starts again:
+        // how pods are served is not forgotten.
+        Ok(End::PutOut(_)) => {
+            FactsFile::remove(&places.facts());
+            removed.and(installer::withdraw(&config.cni))
+        }
+        Ok(End::Stopped | End::InterfaceLost) | Err(_) => removed,
     };
     tracing::info!(interface_removed = gone && removed.is_ok(), "daemon stopped");
     if let Ok(End::Left(answer)) = end {
@@ -358,6 +365,7 @@ pub async fn leave_offline(places: &Places, interface: &str, cni_conf_dir: &Path
         }
     }
     keeper::remove(interface).await?;
+    keeper::remove_tables().await;
     forget_pods(places);
     installer::withdraw_from(cni_conf_dir)?;
     Ok(state.forget()?)
