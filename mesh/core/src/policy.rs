@@ -182,14 +182,17 @@ impl Pod {
 }
 
 impl Cluster {
-    /// Who has which address. Of several pods with the same one, the one that is furthest from its end.
-    fn owners(&self) -> BTreeMap<IpAddr, &Name> {
-        let mut owners: BTreeMap<IpAddr, (Stage, &Name)> = BTreeMap::new();
+    /// Who has which address, as `node` sees it. Of several pods with the same one, a pod of this node comes before
+    /// others: what another node says of its pods, late or wrong, takes no policy away from a pod here. Then the one that
+    /// is furthest from its end.
+    fn owners(&self, node: &str) -> BTreeMap<IpAddr, &Name> {
+        let mut owners: BTreeMap<IpAddr, ((bool, Stage), &Name)> = BTreeMap::new();
         for (name, pod) in self.pods.iter().filter(|(_, pod)| pod.counts()) {
+            let claim = (pod.node.as_deref() == Some(node), pod.stage);
             for address in &pod.addresses {
-                let owner = owners.entry(*address).or_insert((pod.stage, name));
-                if owner.0 < pod.stage {
-                    *owner = (pod.stage, name);
+                let owner = owners.entry(*address).or_insert((claim, name));
+                if owner.0 < claim {
+                    *owner = (claim, name);
                 }
             }
         }

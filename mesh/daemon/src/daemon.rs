@@ -77,6 +77,29 @@ enum End {
     PutOut(anyhow::Error),
 }
 
+/// What an end takes away.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Gone {
+    /// The interface, with addresses, routes and rules.
+    interface: bool,
+    /// What pods that are to come need: the CNI list and the facts.
+    coming_pods: bool,
+    /// What holds for pods that run: the packet filter's tables, and how the agent's pod wants pods served.
+    running_pods: bool,
+}
+
+impl End {
+    /// Pods run on without the daemon, and stay isolated until the node has left.
+    fn takes_away(&self, on_stop: OnStop) -> Gone {
+        match self {
+            Self::Stopped => Gone { interface: on_stop == OnStop::Remove, ..Gone::default() },
+            Self::InterfaceLost => Gone { interface: true, ..Gone::default() },
+            Self::PutOut(_) => Gone { interface: true, coming_pods: true, running_pods: false },
+            Self::Left(_) => Gone { interface: true, coming_pods: true, running_pods: true },
+        }
+    }
+}
+
 /// The data plane and what is fixed about it.
 struct Local {
     plane: Arc<DataPlane>,
@@ -132,21 +155,20 @@ pub async fn run(places: &Places, config: Config, token: Option<Token>) -> anyho
             end => break end,
         }
     };
-    let gone = match &end {
-        Ok(End::Stopped) => config.on_stop == OnStop::Remove,
-        Ok(End::Left(_) | End::InterfaceLost | End::PutOut(_)) => true,
-        // A failed start has made nothing, and what is there may be another daemon's.
-        Err(_) => false,
+    // A failed start has made nothing, and what is there may be another daemon's.
+    let gone = end.as_ref().map_or_else(|_| Gone::default(), |end| end.takes_away(config.on_stop));
+    let removed = if gone.interface { keeper::remove(&interface).await } else { Ok(()) };
+    if gone.running_pods {
+        keeper::remove_tables().await;
+        Told::in_directory(&places.run_dir).forget();
+    }
+    let removed = if gone.coming_pods {
+        FactsFile::remove(&places.facts());
+        removed.and(installer::withdraw(&config.cni))
+    } else {
+        removed
     };
-    let removed = if gone { keeper::remove(&interface).await } else { Ok(()) };
-    let removed = match &end {
-        Ok(End::Left(_)) => {
-            forget_pods(places);
-            removed.and(installer::withdraw(&config.cni))
-        }
-        Ok(End::Stopped | End::InterfaceLost | End::PutOut(_)) | Err(_) => removed,
-    };
-    tracing::info!(interface_removed = gone && removed.is_ok(), "daemon stopped");
+    tracing::info!(interface_removed = gone.interface && removed.is_ok(), "daemon stopped");
     if let Ok(End::Left(answer)) = end {
         let said = match &removed {
             Ok(()) => Answer::Done,
@@ -358,7 +380,26 @@ pub async fn leave_offline(places: &Places, interface: &str, cni_conf_dir: &Path
         }
     }
     keeper::remove(interface).await?;
+    keeper::remove_tables().await;
     forget_pods(places);
     installer::withdraw_from(cni_conf_dir)?;
     Ok(state.forget()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn running_pods_stay_isolated_until_the_node_has_left() {
+        let (asker, _) = oneshot::channel();
+        let ends = [End::Stopped, End::InterfaceLost, End::PutOut(anyhow::anyhow!("refused")), End::Left(asker)];
+        let gone = |on_stop| ends.each_ref().map(|end| end.takes_away(on_stop));
+        for on_stop in [OnStop::Keep, OnStop::Remove] {
+            assert_eq!(gone(on_stop).map(|gone| gone.running_pods), [false, false, false, true]);
+            assert_eq!(gone(on_stop).map(|gone| gone.coming_pods), [false, false, true, true]);
+        }
+        assert_eq!(gone(OnStop::Keep).map(|gone| gone.interface), [false, true, true, true]);
+        assert_eq!(gone(OnStop::Remove).map(|gone| gone.interface), [true; 4]);
+    }
 }

@@ -20,9 +20,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use keystone_mesh_core::policy::{self, Compiled, compile};
+use keystone_mesh_core::policy::{self, Cluster, Compiled, compile};
 use serde::de::DeserializeOwned;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
 use self::objects::{NamespaceObject, NodeObject, PodObject, PolicyObject, Store, first_faults};
@@ -53,12 +53,15 @@ pub struct Start {
     pub pace: Pace,
     /// Different daemons take different seeds.
     pub seed: u64,
+    /// What still takes the table of an earlier enforcer away; nothing is written before its end.
+    pub after: Option<JoinHandle<()>>,
 }
 
-/// Keeps the kernel's table as the cluster's policies say, until it is dropped. The table stays.
+/// Keeps the kernel's table as the cluster's policies say, until it is stopped or dropped. The table stays.
 #[derive(Debug)]
 pub struct Enforcer {
     task: JoinHandle<()>,
+    stop: Arc<Notify>,
     said: Arc<Mutex<Said>>,
 }
 
@@ -78,13 +81,15 @@ impl Enforcer {
     /// Starts to hear and to enforce.
     pub fn start(start: Start) -> Self {
         let said = Arc::new(Mutex::new(Said::default()));
-        let Start { node, access, pace, seed } = start;
+        let stop = Arc::<Notify>::default();
+        let Start { node, access, pace, seed, after } = start;
         let work = Work {
             node,
             pace,
             seed,
             said: said.clone(),
-            store: Store::default(),
+            store: Arc::default(),
+            compile,
             own: Vec::new(),
             kernel: None,
             heard: Heard::default(),
@@ -92,7 +97,22 @@ impl Enforcer {
             due: None,
             failures: 0,
         };
-        Self { task: tokio::spawn(work.run(access)), said }
+        let stopped = stop.clone();
+        let task = tokio::spawn(async move {
+            if let Some(after) = after {
+                let _ = after.await;
+            }
+            work.run(access, &stopped).await;
+        });
+        Self { task, stop, said }
+    }
+
+    /// Ends it. A round that is under way comes to its end first, so that nothing is written afterwards.
+    pub async fn stop(mut self) {
+        self.stop.notify_one();
+        if let Err(error) = (&mut self.task).await {
+            tracing::error!(%error, "network policies were not kept to the end");
+        }
     }
 
     /// How it is.
@@ -125,6 +145,21 @@ impl Drop for Enforcer {
 /// Takes the policies' table away, where there is one. Blocks.
 pub fn remove() -> Result<bool, NftError> {
     KernelTable::open(policy::TABLE)?.remove()
+}
+
+/// Takes the policies' table away once an enforcer has written it for the last time.
+pub fn take_away(enforcer: Option<Enforcer>) -> JoinHandle<()> {
+    tokio::spawn(async move {
+        if let Some(enforcer) = enforcer {
+            enforcer.stop().await;
+        }
+        match tokio::task::spawn_blocking(remove).await {
+            Ok(Ok(true)) => tracing::info!("network policies are not enforced here; their table was taken away"),
+            Ok(Ok(false)) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "the table of network policies may be left"),
+            Err(error) => tracing::error!(%error, "the table of network policies may be left"),
+        }
+    })
 }
 
 /// The collections, as they are told in words.
@@ -210,12 +245,20 @@ impl Opening<'_> {
     }
 }
 
+/// How a node's table is made: by [`compile`].
+type Compile = fn(&Cluster, &str, &[IpNet]) -> Compiled;
+
+/// What a round of compiling and applying has achieved: what changed, and how many pods are isolated and how many wait.
+type Done = (Applied, (usize, usize));
+
 struct Work {
     node: String,
     pace: Pace,
     seed: u64,
     said: Arc<Mutex<Said>>,
-    store: Store,
+    /// Shared with the round that is under way, and with nobody else: whatever becomes of that, this stays.
+    store: Arc<Store>,
+    compile: Compile,
     /// The prefixes of this node's pods.
     own: Vec<IpNet>,
     kernel: Option<KernelTable>,
@@ -228,7 +271,7 @@ struct Work {
 }
 
 impl Work {
-    async fn run(mut self, mut access: watch::Receiver<Option<Access>>) {
+    async fn run(mut self, mut access: watch::Receiver<Option<Access>>, stop: &Notify) {
         let mut feeds = self.feeds(&mut access);
         let mut look = tokio::time::interval(LOOK_EVERY);
         loop {
@@ -251,6 +294,7 @@ impl Work {
                 }
             };
             tokio::select! {
+                () = stop.notified() => return,
                 () = other_access => feeds = self.feeds(&mut access),
                 input = input => match input {
                     Some(input) => self.hear(input),
@@ -285,11 +329,11 @@ impl Work {
                 self.heard.pods |= heard;
                 match told {
                     Told::Listed(pods) => {
-                        self.store.pods(pods);
+                        self.store().pods(pods);
                         true
                     }
-                    Told::Changed(pod) => self.store.pod(pod),
-                    Told::Deleted(pod) => self.store.pod_gone(&pod),
+                    Told::Changed(pod) => self.store().pod(pod),
+                    Told::Deleted(pod) => self.store().pod_gone(&pod),
                     Told::Absent | Told::Resumed | Told::Lost(_) | Told::Unauthorized(_) => false,
                 }
             }
@@ -298,11 +342,11 @@ impl Work {
                 self.heard.namespaces |= heard;
                 match told {
                     Told::Listed(namespaces) => {
-                        self.store.namespaces(namespaces);
+                        self.store().namespaces(namespaces);
                         true
                     }
-                    Told::Changed(namespace) => self.store.namespace(namespace),
-                    Told::Deleted(namespace) => self.store.namespace_gone(&namespace),
+                    Told::Changed(namespace) => self.store().namespace(namespace),
+                    Told::Deleted(namespace) => self.store().namespace_gone(&namespace),
                     Told::Absent | Told::Resumed | Told::Lost(_) | Told::Unauthorized(_) => false,
                 }
             }
@@ -311,11 +355,11 @@ impl Work {
                 self.heard.policies |= heard;
                 match told {
                     Told::Listed(policies) => {
-                        self.store.policies(policies);
+                        self.store().policies(policies);
                         true
                     }
-                    Told::Changed(policy) => self.store.policy(policy),
-                    Told::Deleted(policy) => self.store.policy_gone(&policy),
+                    Told::Changed(policy) => self.store().policy(policy),
+                    Told::Deleted(policy) => self.store().policy_gone(&policy),
                     Told::Absent | Told::Resumed | Told::Lost(_) | Told::Unauthorized(_) => false,
                 }
             }
@@ -334,6 +378,10 @@ impl Work {
         if self.changed && self.heard.all() && self.due.is_none() {
             self.due = Some(Instant::now() + SETTLE);
         }
+    }
+
+    fn store(&mut self) -> &mut Store {
+        Arc::make_mut(&mut self.store)
     }
 
     fn own(&mut self, prefixes: Vec<IpNet>) -> bool {
@@ -363,7 +411,7 @@ impl Work {
 
     /// Looks whether the kernel still has what was applied.
     fn look(&mut self) {
-        self.store.forget_unused();
+        self.store().forget_unused();
         let touched = self.kernel.as_mut().is_some_and(|kernel| !kernel.is_untouched());
         if touched && self.heard.all() && self.due.is_none() {
             self.due = Some(Instant::now());
@@ -373,43 +421,40 @@ impl Work {
     async fn enforce(&mut self) {
         let began = Instant::now();
         let repair = !std::mem::take(&mut self.changed);
-        let (store, kernel) = (std::mem::take(&mut self.store), self.kernel.take());
+        let (store, kernel, compile) = (self.store.clone(), self.kernel.take(), self.compile);
         let (node, own) = (self.node.clone(), self.own.clone());
         // Milliseconds, and in a large cluster some hundred of them: not for a thread that others wait for.
         let working = tokio::task::spawn_blocking(move || {
-            let Compiled { table, isolated, waiting } = compile(&store.cluster, &node, &own);
-            let kernel = kernel.map_or_else(|| KernelTable::open(policy::TABLE), Ok);
-            let (kernel, applied) = match kernel {
-                Ok(mut kernel) => {
-                    let applied = kernel.apply(table);
-                    (Some(kernel), applied)
-                }
-                Err(error) => (None, Err(error)),
-            };
-            (store, kernel, applied, (isolated, waiting))
+            let compiled = compile(&store.cluster, &node, &own);
+            apply(compiled, kernel)
         });
-        let Ok((store, kernel, applied, pods)) = working.await else {
-            // The runtime ends.
-            return;
+        let done = match working.await {
+            Ok((kernel, done)) => {
+                self.kernel = kernel;
+                done.map_err(|error| error.to_string())
+            }
+            // A fault of ours. What was heard is still here and the kernel has what it had.
+            Err(error) => Err(format!("network policies cannot be compiled: {error}")),
         };
-        (self.store, self.kernel) = (store, kernel);
-        match applied {
-            Ok(applied) => {
+        match done {
+            Ok((applied, pods)) => {
                 (self.due, self.failures) = (None, 0);
                 self.applied(applied, pods, repair, began);
             }
-            Err(error) => {
-                self.changed = true;
-                let pause = PAUSE.0.saturating_mul(1 << self.failures.min(5)).min(PAUSE.1);
-                self.failures += 1;
-                self.due = Some(Instant::now() + pause);
-                tracing::error!(%error, "the policies are not in force as they should be; trying again");
-                self.say(|said| {
-                    said.status.errors += 1;
-                    said.refused = Some(error.to_string());
-                });
-            }
+            Err(error) => self.failed(error),
         }
+    }
+
+    fn failed(&mut self, error: String) {
+        self.changed = true;
+        let pause = PAUSE.0.saturating_mul(1 << self.failures.min(5)).min(PAUSE.1);
+        self.failures += 1;
+        self.due = Some(Instant::now() + pause);
+        tracing::error!(error, "the policies are not in force as they should be; trying again");
+        self.say(|said| {
+            said.status.errors += 1;
+            said.refused = Some(error);
+        });
     }
 
     fn applied(&self, applied: Applied, (isolated, waiting): (usize, usize), repair: bool, began: Instant) {
@@ -446,3 +491,18 @@ impl Work {
         (said.status.state, said.status.reason) = (state.to_owned(), reason);
     }
 }
+
+/// Gives the kernel what was compiled. Blocks. The handle comes back for the next round.
+fn apply(compiled: Compiled, kernel: Option<KernelTable>) -> (Option<KernelTable>, Result<Done, NftError>) {
+    let Compiled { table, isolated, waiting } = compiled;
+    match kernel.map_or_else(|| KernelTable::open(policy::TABLE), Ok) {
+        Ok(mut kernel) => {
+            let applied = kernel.apply(table);
+            (Some(kernel), applied.map(|applied| (applied, (isolated, waiting))))
+        }
+        Err(error) => (None, Err(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -28,7 +28,7 @@ pub struct Compiled {
 
 /// What `node` has to enforce. `own`: the prefixes that its pods' addresses come from.
 pub fn compile(cluster: &Cluster, node: &str, own: &[IpNet]) -> Compiled {
-    let mut compiler = Compiler::new(cluster);
+    let mut compiler = Compiler::new(cluster, node);
     let mut waiting = BTreeSet::new();
     let (mut isolated_pods, mut waiting_pods) = (0, 0);
     for (name, pod) in cluster.pods.iter().filter(|(_, pod)| pod.counts() && pod.node.as_deref() == Some(node)) {
@@ -62,7 +62,7 @@ struct ChainOf<'a> {
 }
 
 impl<'a> Compiler<'a> {
-    fn new(cluster: &'a Cluster) -> Self {
+    fn new(cluster: &'a Cluster, node: &str) -> Self {
         let mut table = Table { name: TABLE.to_owned(), ..Table::default() };
         table.chains.insert("forward".to_owned(), Chain { hook: Some(Hook::Forward), rules: forward() });
         for family in Family::ALL {
@@ -78,7 +78,7 @@ impl<'a> Compiler<'a> {
                 table.sets.insert(fixed(word(direction), family), isolated);
             }
         }
-        Self { cluster, owners: cluster.owners(), table, chains: BTreeMap::new() }
+        Self { cluster, owners: cluster.owners(node), table, chains: BTreeMap::new() }
     }
 
     /// Adds a pod of this node, and answers in which directions it is isolated.

@@ -110,24 +110,24 @@ fn allowed(cluster: &Cluster, node: &str, own: &[IpNet], packet: &Packet) -> boo
         return true;
     }
     let both = [(Direction::Egress, packet.from, packet.to), (Direction::Ingress, packet.to, packet.from)];
-    both.into_iter().all(|(direction, pod, peer)| match owner(cluster, pod) {
+    both.into_iter().all(|(direction, pod, peer)| match owner(cluster, node, pod) {
         Some((name, there)) if there.node.as_deref() == Some(node) => {
             let mut policies = isolating(cluster, name, there, direction).peekable();
             policies.peek().is_none()
                 || policies.any(|policy| {
                     let mut rules = policy.rules(direction).unwrap().iter();
-                    rules.any(|rule| rule_allows(cluster, name, rule, peer, packet))
+                    rules.any(|rule| rule_allows(cluster, node, name, rule, peer, packet))
                 })
         }
         Some(_) | None => !(own.iter().any(|net| net.contains(&pod)) && somebody_waits(cluster, node, direction)),
     })
 }
 
-fn owner(cluster: &Cluster, address: IpAddr) -> Option<(&Name, &Pod)> {
+fn owner<'a>(cluster: &'a Cluster, node: &str, address: IpAddr) -> Option<(&'a Name, &'a Pod)> {
     let mut claims: Vec<_> =
         cluster.pods.iter().filter(|(_, pod)| pod.counts() && pod.addresses.contains(&address)).collect();
-    // The most alive, and of those the first by name.
-    claims.sort_by_key(|(_, pod)| std::cmp::Reverse(pod.stage));
+    // The node believes its own pods first; then the most alive, and of those the first by name.
+    claims.sort_by_key(|(_, pod)| std::cmp::Reverse((pod.node.as_deref() == Some(node), pod.stage)));
     claims.first().copied()
 }
 
@@ -146,7 +146,7 @@ fn isolating<'a>(
 }
 
 fn is_isolated_here(cluster: &Cluster, node: &str, address: IpAddr) -> bool {
-    owner(cluster, address).is_some_and(|(name, pod)| {
+    owner(cluster, node, address).is_some_and(|(name, pod)| {
         let both = [Direction::Egress, Direction::Ingress];
         pod.node.as_deref() == Some(node) && both.iter().any(|d| isolating(cluster, name, pod, *d).next().is_some())
     })
@@ -159,8 +159,8 @@ fn somebody_waits(cluster: &Cluster, node: &str, direction: Direction) -> bool {
     })
 }
 
-fn rule_allows(cluster: &Cluster, selected: &Name, rule: &Rule, peer: IpAddr, packet: &Packet) -> bool {
-    let receiver = owner(cluster, packet.to);
+fn rule_allows(cluster: &Cluster, node: &str, selected: &Name, rule: &Rule, peer: IpAddr, packet: &Packet) -> bool {
+    let receiver = owner(cluster, node, packet.to);
     let by_port = rule.ports.as_ref().is_none_or(|ports| {
         ports.iter().any(|port| match port {
             Port::Range(protocol, low, high) => packet.protocol == *protocol && (*low..=*high).contains(&packet.port),
@@ -175,7 +175,7 @@ fn rule_allows(cluster: &Cluster, selected: &Name, rule: &Rule, peer: IpAddr, pa
     let by_peer = rule.peers.as_ref().is_none_or(|peers| {
         peers.iter().any(|one| match one {
             Peer::Block { net, except } => net.contains(&peer) && !except.iter().any(|except| except.contains(&peer)),
-            Peer::Pods { namespaces, pods } => owner(cluster, peer).is_some_and(|((namespace, _), pod)| {
+            Peer::Pods { namespaces, pods } => owner(cluster, node, peer).is_some_and(|((namespace, _), pod)| {
                 let in_namespace = match namespaces {
                     None => *namespace == selected.0,
                     Some(selector) => cluster.namespaces.get(namespace).is_some_and(|labels| selector.matches(labels)),
@@ -293,7 +293,12 @@ impl Dice {
     fn pod(&mut self, number: usize) -> Pod {
         let node = 1 + self.roll(2);
         let host = u8::try_from(1 + number).unwrap();
-        let v4 = IpAddr::from([10, 42, u8::try_from(node).unwrap(), if self.one_in(20) { 1 } else { host }]);
+        // Now and then several say that they have one address, of one node or of both.
+        let v4 = match self.roll(16) {
+            0 => IpAddr::from([10, 42, u8::try_from(node).unwrap(), 1]),
+            1 => IpAddr::from([10, 42, u8::try_from(3 - node).unwrap(), u8::try_from(1 + self.roll(6)).unwrap()]),
+            _ => IpAddr::from([10, 42, u8::try_from(node).unwrap(), host]),
+        };
         let v6 = IpAddr::from(Ipv6Addr::new(0xfd00, 0x42, 0, u16::try_from(node).unwrap(), 0, 0, 0, host.into()));
         let addresses = match self.roll(12) {
             0 => vec![],
@@ -547,6 +552,22 @@ fn an_ended_pod_has_no_address_and_a_leaving_one_gives_way() {
     assert!(decides(&cluster, &packet), "it still runs");
     cluster.pods.insert(name("other/new"), pod("m", "10.42.2.1", &[]));
     assert!(!decides(&cluster, &packet), "the address is another's");
+}
+
+#[test]
+fn what_another_node_says_takes_no_policy_away_from_a_pod_here() {
+    let web = json!({ "matchLabels": { "app": "web" } });
+    let mut cluster = small(&json!({ "podSelector": web, "policyTypes": ["Ingress", "Egress"] }));
+    let [to, from] = [("10.42.2.1", "10.42.1.1"), ("10.42.1.1", "10.42.2.1")].map(|(a, b)| Packet::new(a, b, TCP, 80));
+    for stage in [Stage::Alive, Stage::Leaving] {
+        cluster.pods.get_mut(&name("default/web")).unwrap().stage = stage;
+        // Before it in the alphabet, and further from its end.
+        for node in [Some("m"), None] {
+            let rogue = Pod { node: node.map(Into::into), ..pod("", "10.42.1.1", &[]) };
+            cluster.pods.insert(name("a/rogue"), rogue);
+            assert!(!decides(&cluster, &to) && !decides(&cluster, &from), "{stage:?} {node:?}");
+        }
+    }
 }
 
 #[test]

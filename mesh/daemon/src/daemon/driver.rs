@@ -14,6 +14,7 @@ use keystone_mesh_core::node::NodeRecord;
 use keystone_mesh_core::relay::{HostPort, RelayAddr};
 use keystone_mesh_core::{DropReason, Via};
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 
 use super::addresses::{self, Resolved};
 use super::keeper::{Keeper, KeeperEvent};
@@ -86,6 +87,8 @@ pub(super) struct Driver {
     service: Option<(Vec<IpAddr>, Service)>,
     status: Option<HttpServer>,
     pub(super) policy: Option<Enforcer>,
+    /// What takes the policies' table away, after an enforcer or an earlier run that had one.
+    policy_removal: Option<JoinHandle<()>>,
     service_addresses: Vec<IpAddr>,
 }
 
@@ -125,6 +128,7 @@ impl Driver {
             service: None,
             status: None,
             policy: None,
+            policy_removal: None,
             service_addresses: Vec::new(),
         }
     }
@@ -165,12 +169,12 @@ impl Driver {
             Some(name) => {
                 let access = self.uplink.access.clone();
                 let seed = u64::from(self.local.port) ^ unix_now_ms();
-                let start = policy::Start { node: name.to_string(), access, pace: Pace::default(), seed };
+                let after = self.policy_removal.take();
+                let start = policy::Start { node: name.to_string(), access, pace: Pace::default(), seed, after };
                 self.policy = Some(Enforcer::start(start));
             }
             None => {
-                self.policy = None;
-                drop(tokio::task::spawn_blocking(policy::remove));
+                self.policy_removal = Some(policy::take_away(self.policy.take()));
             }
         }
     }
@@ -232,8 +236,14 @@ impl Driver {
         self.save();
         drop(self.service);
         drop(self.status);
-        drop(self.policy);
         drop(self.keeper);
+        // Whoever takes their table away after this is not overtaken by a round that was under way.
+        if let Some(policy) = self.policy {
+            policy.stop().await;
+        }
+        if let Some(removal) = self.policy_removal {
+            let _ = removal.await;
+        }
         if let Some(saver) = self.saver {
             saver.finish().await;
         }

@@ -125,18 +125,22 @@ pub(super) fn start(interface: &str) -> anyhow::Result<Keeper> {
     Ok(Keeper { desired, excluded, addresses, warnings, counts, applied, task })
 }
 
-/// Takes everything of ours away from the kernel.
+/// Takes interface, addresses, routes and rules away from the kernel.
 pub(super) async fn remove(interface: &str) -> anyhow::Result<()> {
+    let applied = KernelState::new(interface)?.remove().await?;
+    match applied.failures.into_iter().next() {
+        Some(failure) => Err(failure.into()),
+        None => Ok(()),
+    }
+}
+
+/// Takes away what the packet filter does for pods.
+pub(super) async fn remove_tables() {
     // A kernel without nftables has no tables to take away either.
     for remove in [crate::policy::remove, crate::cni::kernel::remove] {
         if let Ok(Err(error)) = tokio::task::spawn_blocking(remove).await {
             tracing::warn!(%error, "a table of the packet filter may be left");
         }
-    }
-    let applied = KernelState::new(interface)?.remove().await?;
-    match applied.failures.into_iter().next() {
-        Some(failure) => Err(failure.into()),
-        None => Ok(()),
     }
 }
 

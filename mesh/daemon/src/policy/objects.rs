@@ -119,7 +119,7 @@ impl NodeObject {
 }
 
 /// The cluster, as it is heard of.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Store {
     /// What is known.
     pub(super) cluster: Cluster,

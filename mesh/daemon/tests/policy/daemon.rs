@@ -134,6 +134,16 @@ fn story(server: &mut ApiServer, home: &Node, without: &[&str], with: &[&str]) -
     home.up(with)?;
     wait_for_status(home, "it is current again", |status| status["state"] == "current")?;
 
+    let removing = [with, &["--on-stop", "remove"]].concat();
+    home.stop()?;
+    home.up(&removing)?;
+    wait_for_status(home, "it is current again", |status| status["state"] == "current")?;
+    home.stop()?;
+    ensure!(table(host)? == first, "pods stay isolated when the interface goes");
+    ensure!(host.run(Command::new("ip").args(["link", "show", "ksmesh0"])).is_err(), "and it has gone");
+    home.up(with)?;
+    wait_for_status(home, "it is current again", |status| status["state"] == "current")?;
+
     // Without an API server: what is in force stays, vandalism included, which is put right without it.
     server.kill()?;
     wait_for_status(home, "it says that it hears nothing", |status| status["state"] == "stale")?;
