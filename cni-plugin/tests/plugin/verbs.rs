@@ -3,9 +3,11 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Result;
 use keystone_cni::facts::PodFacts;
+use keystone_lab::wait;
 use serde_json::{Value, json};
 
 use crate::runtime::{Target, files, host_links, host_routes, ip, ip_do, netns, remove_netns};
@@ -343,10 +345,12 @@ fn leases_of_an_earlier_boot_are_forgotten() {
         assert_eq!(network.add(Target::of("c2", &netns("b")?)).unwrap_err().code, 100);
         // The machine falls over and starts again.
         remove_netns("a")?;
+        wait::until("its links and routes are gone with it", Duration::from_secs(20), Duration::from_millis(5), || {
+            Ok((host_links()?.is_empty() && host_routes()?.is_empty()).then_some(()))
+        })?;
         let boot = Path::new(DATA).join("pods/boot");
         fs::remove_file(&boot)?;
         symlink("00000000-0000-0000-0000-000000000000", &boot)?;
-        ip_do(None, "-4 route flush proto 153")?;
         let result = network.add(Target::of("c2", "/run/netns/b")).unwrap();
         assert_eq!(result["ips"][0]["address"], "10.7.0.2/32");
         assert_eq!(files(&Path::new(DATA).join("pods/holders")).len(), 1);
