@@ -8,7 +8,7 @@
 //!   records, wanted ─────────────────────────────────────┘
 //! ```
 //!
-//! The handle and the view are here; [`work`] follows what is heard, [`writing`] is the hand.
+//! The handle and the view are here; `work` follows what is heard, `writing` is the hand.
 //!
 //! Losing a watch tears nothing down: the view stays, says that it is stale, and is told whole again afterwards.
 
