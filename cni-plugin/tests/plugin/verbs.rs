@@ -345,9 +345,12 @@ fn leases_of_an_earlier_boot_are_forgotten() {
         assert_eq!(network.add(Target::of("c2", &netns("b")?)).unwrap_err().code, 100);
         // The machine falls over and starts again.
         remove_netns("a")?;
-        wait::until("its links and routes are gone with it", Duration::from_secs(20), Duration::from_millis(5), || {
-            Ok((host_links()?.is_empty() && host_routes()?.is_empty()).then_some(()))
-        })?;
+        wait::until(
+            "its links and routes are gone with it",
+            Duration::from_secs(20),
+            Duration::from_millis(5),
+            || Ok((host_links()?.is_empty() && host_routes()?.is_empty()).then_some(())),
+        )?;
         let boot = Path::new(DATA).join("pods/boot");
         fs::remove_file(&boot)?;
         symlink("00000000-0000-0000-0000-000000000000", &boot)?;
